@@ -1,0 +1,36 @@
+"""The options of one compilation, as the command and the Python API share them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Provider = Literal["cpu", "cuda", "auto"]
+Metric = Literal["rel-l2", "cosine", "top1", "kl", "max-abs"]
+Objective = Literal["latency", "flops", "bytes"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that decides what a compilation does; docs/command.md says what each means."""
+
+    init: Path | None = None
+    init_preset: str | None = None
+    calib: Path | None = None
+    tolerance: float = 1e-3
+    metric: Metric = "rel-l2"
+    objective: Objective = "latency"
+    provider: Provider = "auto"
+    threads: int | None = None  # intra-op threads of the latency gate; None: ONNX Runtime's default
+    latency_gate: bool = True
+    min_speedup: float = 1.0
+    seed: int = 0
+    include: str | None = None
+    exclude: str | None = None
+    replay: Path | None = None
+    require_change: bool = False
+    force: bool = False
+    jobs: int = 1
+    dry_run: bool = False
+    progress: bool = False

@@ -1,0 +1,155 @@
+"""The one value that flows through the passes, and the plain types that it carries.
+
+A `Program` holds the original model, never changed, and what the passes learn about it. What will be written is an
+ordered list of `Rewrite`s; the model itself is made from them by a pure patch (`onnx_decomp.passes.splitting.emit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnx_decomp.axes import Region
+from onnx_decomp.sites import Affine, GraphIndex, Site, read_affine
+
+if TYPE_CHECKING:
+    from onnx_decomp.calibration import Data
+    from onnx_decomp.init_stats import InitStats
+    from onnx_decomp.model_io import ModelFile
+    from onnx_decomp.options import Options
+
+Labels = NDArray[np.int32]
+"""Block of each element of an axis: 0, 1, ..., or DROPPED."""
+
+DROPPED = -1
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the weights of one site say against their null (see docs/statistics.md).
+
+    z: [K, N] float32 normal scores of the entries under the null: N(0, 1) where training changed nothing.
+    frozen: [K, N] bool, entries that are exactly their shrunk initial value (or exactly zero), on the chosen tolerance;
+        None where no exact test applies.
+    """
+
+    kind: Literal["snapshot", "distribution", "estimated"]
+    z: NDArray[np.float32]
+    frozen: NDArray[np.bool_] | None
+    shrink: float
+    """c in W = c W0 + what was learned (1 where the null has no shrink)."""
+    scale: float
+    """Standard deviation of an unchanged entry around its null, in units of the weights."""
+    fits: bool
+    """The unsupported part follows the null; nothing is decided from a null that does not fit."""
+    misfit: float
+    """Largest distance of the quantiles (Kolmogorov-Smirnov) of the unsupported part from the null."""
+    supported: float
+    """Share of entries that Benjamini-Hochberg supports at 5 %."""
+    learned_rank: int
+    """Singular values of the learned change above the Marchenko-Pastur edge."""
+    summary: Mapping[str, float] = field(default_factory=dict)
+    """Further statistics for the report: share of rows, columns and tiles that are supported, and so on."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Independent blocks found over consecutive sites of a region: sites start..stop-1, axes start..stop.
+
+    labels: one array for each axis from `start` to `stop`; DROPPED where nothing was learned at all.
+    p: probability of as good a structure under shuffled evidence (an upper bound where it is one).
+    stability: share of elements that keep their block over temperatures and seeds.
+    """
+
+    start: int
+    stop: int
+    labels: tuple[Labels, ...]
+    blocks: int
+    kind: Literal["exact", "annealed"]
+    p: float
+    stability: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive sites of a region written in one form, with one grouping: sites start..stop-1, axes start..stop.
+
+    blocks == 1 is a dense (maybe reduced) layer. Elements labelled DROPPED are not computed: their effect is
+    folded into the bias.
+    """
+
+    start: int
+    stop: int
+    labels: tuple[Labels, ...]
+    blocks: int
+    form: Literal["dense", "chain", "parallel", "batched"] = "dense"
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What replaces a region: dense-equivalent affine maps, zero wherever the segments say that nothing is read."""
+
+    region: Region
+    segments: tuple[Segment, ...]
+    affine: tuple[Affine, ...]
+    decision: Literal["split", "reduced"]
+    reason: str
+    predicted_error: float = float("nan")
+    predicted_gain: float = 1.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a pass decided about a site, with the evidence as numbers. A reason is a stable code that tests assert on."""
+
+    where: str
+    site: int
+    verdict: Literal["applied", "declined"]
+    reason: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Program:
+    """The model under compilation. Passes fill in what they find; `original` is never touched."""
+
+    source: ModelFile
+    options: Options
+    index: GraphIndex
+    sites: list[Site]
+    regions: list[Region]
+    data: Data
+    provider: str = "cpu"
+    init: InitStats | None = None
+    evidence: dict[int, Evidence] = field(default_factory=dict)
+    structures: dict[str, tuple[Structure, ...]] = field(default_factory=dict)
+    rewrites: list[Rewrite] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    banned: set[str] = field(default_factory=set)
+    shared: dict[str, Any] = field(default_factory=dict)
+    """Sessions and measurements that passes share, by name; nothing in it decides what is written."""
+
+    @property
+    def original(self) -> onnx.ModelProto:
+        return self.source.proto
+
+    def affine(self, site: Site) -> Affine:
+        """Canonical weights of a site, read anew each time so that at most a few matrices are in memory."""
+        return read_affine(self.index, site)
+
+    def decide(
+        self, where: str, site: Site, verdict: Literal["applied", "declined"], reason: str, **numbers: float
+    ) -> None:
+        self.decisions.append(Decision(where, site.index, verdict, reason, numbers))
+
+    def reason(self, site: Site) -> Decision | None:
+        """The last word on a site."""
+        for decision in reversed(self.decisions):
+            if decision.site == site.index:
+                return decision
+        return None
