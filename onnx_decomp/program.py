@@ -130,7 +130,8 @@ class Program:
     structures: dict[str, tuple[Structure, ...]] = field(default_factory=dict)
     rewrites: list[Rewrite] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
-    banned: set[str] = field(default_factory=set)
+    banned: dict[str, str] = field(default_factory=dict)
+    """Regions that a gate has undone, with the reason; they are not planned again."""
     shared: dict[str, Any] = field(default_factory=dict)
     """Sessions and measurements that passes share, by name; nothing in it decides what is written."""
 

@@ -1,0 +1,240 @@
+"""The command: parse, call, print, exit code.
+
+Everything heavy is imported where it is used, so that `--help` is fast.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnx_decomp.errors import DecompError, RequireChangeError, UsageError
+from onnx_decomp.flags import FILE, Console, compile_options, debug_option, output_options
+from onnx_decomp.options import Options
+from onnx_decomp.progress import Progress, Silent
+from onnx_decomp.terminal import printable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+NAME = "onnx-decomp"
+EXIT_INTERNAL, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+LISTED = 40
+"""Models with more sites than this have the untouched ones counted, not listed, unless -v asks for them."""
+
+
+class CompileByDefault(click.Group):
+    """A first argument that names no subcommand means `compile`; the help is that of `compile` too."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or args[0] not in {*self.commands, "--help", "-h", "--version"}:
+            args = ["compile", *args]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, "IN.onnx OUT.onnx [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "COMMAND [ARGS] [OPTIONS]")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.commands["compile"].format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; every failure is one line on stderr."""
+    console = Console()
+    try:
+        code = command.main(
+            args=None if arguments is None else list(arguments),
+            prog_name=NAME,
+            standalone_mode=False,
+            obj=console,
+        )
+    except click.ClickException as error:
+        return _fail(console, error.format_message(), EXIT_USAGE)
+    except DecompError as error:
+        return _fail(console, str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail(console, "interrupted", EXIT_INTERRUPTED)
+    except OSError as error:
+        return _fail(console, str(error), EXIT_INTERNAL)
+    except Exception as error:
+        message = f"internal error, a bug in {NAME}: {type(error).__name__}: {error}; --debug shows where"
+        return _fail(console, message, EXIT_INTERNAL)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(console: Console, message: str, code: int) -> int:
+    if console.debug:
+        traceback.print_exc()
+    _say(f"error: {' '.join(message.split())}")
+    return code
+
+
+def _say(message: str) -> None:
+    print(f"{NAME}: {printable(message)}", file=sys.stderr)
+
+
+def _show(renderable: RenderableType) -> None:
+    from rich.console import Console as Terminal
+
+    Terminal(stderr=True, highlight=False).print(renderable)
+
+
+class Bars:
+    """Progress on a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console as Terminal
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Display
+
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TimeElapsedColumn(),
+        )
+        self.display = Display(*columns, console=Terminal(stderr=True), transient=True)
+        self._task = self.display.add_task("", total=None)
+
+    def stage(self, name: str) -> None:
+        self.display.reset(self._task, description=printable(name), total=None)
+
+    def advance(self, done: int, total: int) -> None:
+        self.display.update(self._task, completed=done, total=total)
+
+
+@contextmanager
+def _watching(wanted: bool) -> Iterator[Progress]:
+    if not wanted:
+        yield Silent()
+        return
+    bars = Bars()
+    with bars.display:
+        yield bars
+
+
+@click.group(NAME, cls=CompileByDefault, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name=NAME, prog_name=NAME)
+def command() -> None:
+    """Write a trained ONNX model as smaller parallel blocks, verified and never slower."""
+
+
+@command.command("compile", hidden=True)
+@click.argument("source", metavar="IN.onnx", type=FILE)
+@click.argument("out", metavar="OUT.onnx", type=FILE, required=False)
+@compile_options
+@output_options
+def compile_command(
+    source: Path,
+    out: Path | None,
+    report_path: Path | None,
+    html_path: Path | None,
+    quiet: bool,
+    verbose: bool,
+    no_progress: bool,
+    **values: Any,
+) -> None:
+    """Decompose IN.onnx into OUT.onnx."""
+    bars = sys.stderr.isatty() and not (quiet or no_progress)
+    options = Options(**values, progress=bars)
+    if out is None and not options.dry_run:
+        raise click.UsageError("Missing argument 'OUT.onnx': name the file to write, or try --dry-run")
+    if options.init is not None and options.init_preset is not None:
+        raise click.UsageError("--init and --init-preset exclude one another: give one of them")
+    given = {"IN": source, "--init": options.init, "--calib": options.calib, "--replay": options.replay}
+    _check_files(given, {"OUT": out, "--report": report_path, "--html": html_path})
+
+    from onnx_decomp.compiler import compile_file
+
+    with _watching(bars) as progress:
+        result = compile_file(source, out, options, progress)
+    _write_reports(result.report, report_path, html_path)
+    _print_result(result.report, quiet, verbose)
+    if options.require_change and not result.changed:
+        raise RequireChangeError("nothing was kept, and --require-change asks for more; the report says why")
+
+
+def _check_files(inputs: Mapping[str, Path | None], outputs: Mapping[str, Path | None]) -> None:
+    """Before any work: every output can be written, none stands for an input or for another output."""
+    taken = {path.resolve(): name for name, path in inputs.items() if path is not None}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        if not path.parent.is_dir():
+            raise UsageError(f"{name}: the folder of {path} does not exist: create it or choose another")
+        if path.is_dir():
+            raise UsageError(f"{name}: {path} is a folder: name a file in it")
+        place = path.resolve()
+        if place in taken:
+            raise UsageError(f"{name}: {path} is the file given as {taken[place]}: choose another")
+        taken[place] = name
+
+
+def _write_reports(report: dict[str, Any], report_path: Path | None, html_path: Path | None) -> None:
+    from onnx_decomp.rendering import render_html
+    from onnx_decomp.report import to_json, write
+
+    if report_path is not None:
+        write(report_path, to_json(report))
+    if html_path is not None:
+        write(html_path, render_html(report))
+
+
+def _print_result(report: dict[str, Any], quiet: bool, verbose: bool) -> None:
+    from onnx_decomp.rendering import render_table
+
+    if not quiet:
+        _show(render_table(report, every_site=verbose or len(report["sites"]) <= LISTED))
+    for warning in report["warnings"]:
+        _say(f"warning: {warning}")
+    _say(report["verdict"])
+
+
+@command.command()
+@click.argument("report", metavar="REPORT.json", type=FILE)
+@click.argument("node")
+@click.option("--json", "as_json", is_flag=True, help="Print the report's entries on stdout.")
+@debug_option
+def explain(report: Path, node: str, as_json: bool) -> None:
+    """Say what a report found at NODE (a node or a weight), what was decided, and why."""
+    from onnx_decomp.rendering import describe_site
+    from onnx_decomp.report import read, to_json
+
+    sites = [site for site in read(report)["sites"] if node in (site["node"], site["weight"])]
+    if not sites:
+        raise UsageError(
+            f"{report}: nothing in it is called {node!r}: give the name of a MatMul, a Gemm or a weight"
+        )
+    if as_json:
+        click.echo(to_json({"sites": sites}), nl=False)
+        return
+    for site in sites:
+        print("\n".join(describe_site(site)), file=sys.stderr)
+
+
+@command.command()
+@click.argument("source", metavar="IN.onnx", type=FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print the list on stdout.")
+@debug_option
+def inspect(source: Path, as_json: bool) -> None:
+    """List the constant matrices of a model, the regions that they form, and what stands in the way."""
+    from onnx_decomp.inspection import inspect_model, render_inspection
+    from onnx_decomp.report import to_json
+
+    found = inspect_model(source)
+    if as_json:
+        click.echo(to_json(found), nl=False)
+    else:
+        _show(render_inspection(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""The pipeline and its loop: find, plan, write, measure; undo what does not pass and plan again; save.
+
+Nothing is written before every gate has passed. Where nothing is kept, the output is the input, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnx_decomp import calibration, cost, model_io, runtime, verify
+from onnx_decomp.axes import find_regions
+from onnx_decomp.calibration import Data
+from onnx_decomp.errors import CannotVerifyError, DecompError, InputError, ProviderError, RequireChangeError
+from onnx_decomp.init_stats import load_nulls
+from onnx_decomp.latency import Latency
+from onnx_decomp.latency import compare as compare_latency
+from onnx_decomp.metrics import Verification, compare_outputs
+from onnx_decomp.model_io import ModelFile
+from onnx_decomp.options import Options
+from onnx_decomp.passes.annealing import Annealing
+from onnx_decomp.passes.compensation import Calibrator
+from onnx_decomp.passes.criterion import Criterion
+from onnx_decomp.passes.planning import DEFAULT_ROWS, Planning
+from onnx_decomp.passes.splitting import Splitting
+from onnx_decomp.probe import Probe
+from onnx_decomp.program import Program, Rewrite
+from onnx_decomp.progress import Progress, Silent
+from onnx_decomp.report import Measured, build
+from onnx_decomp.runtime import Session, open_session
+from onnx_decomp.sites import GraphIndex, find_sites
+
+MAX_ROUNDS = 8
+"""After so many rounds of undoing, the answer is the copy."""
+
+SYNTHETIC_SAMPLES = 64
+
+FLOAT_NOISE = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 2e-2}
+"""Largest relative difference between the written model and the dense-equivalent one, by weight type."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a compilation made: the model (the original itself when nothing was kept) and its report."""
+
+    model: onnx.ModelProto
+    report: dict[str, Any]
+    changed: bool
+
+
+@dataclass
+class Gates:
+    """What one round of measuring found; `offender` is the region to undo, None when everything passed."""
+
+    verification: Verification | None = None
+    rewrite_change: float = 0.0
+    latency: Latency | None = None
+    offender: str | None = None
+    why: str = ""
+
+
+@dataclass
+class Run:
+    """One compilation under way."""
+
+    source: ModelFile
+    options: Options
+    progress: Progress
+    started: float = field(default_factory=time.monotonic)
+    warnings: list[str] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    gates: Gates = field(default_factory=Gates)
+    target: str = "cpu"
+    """Provider whose forms are written."""
+    provider: str = "cpu"
+    """Provider that things are measured on here."""
+
+    def compile(self) -> tuple[Program, onnx.ModelProto | None]:
+        """The program with everything decided, and the written model or None where nothing was kept."""
+        self._choose_provider()
+        self.progress.stage("reading")
+        program = self._open()
+        if _stamped(self.source.proto) and not self.options.force:
+            return self._nothing(program, "already-compiled")
+        if not self._can_verify(program):
+            return self._nothing(program, "cannot-verify")
+        self._replay(program)
+        self._find(program)
+        return program, self._settle(program)
+
+    def _choose_provider(self) -> None:
+        try:
+            self.provider = self.target = runtime.resolve_provider(self.options.provider)
+        except ProviderError:
+            if self.options.provider != "cuda" or self.options.latency_gate:
+                raise
+            self.provider, self.target = "cpu", "cuda"
+            self.warnings.append("CUDA is not available here: written for it, verified on the CPU provider")
+
+    def _open(self) -> Program:
+        proto = self.source.proto
+        index = GraphIndex.build(proto, partial(model_io.read_tensor, self.source))
+        sites = find_sites(index)
+        if self.options.calib is not None:
+            data = calibration.load(self.options.calib, proto, self.options.seed)
+        else:
+            data = calibration.synthetic(proto, SYNTHETIC_SAMPLES, self.options.seed)
+        self.warnings += data.warnings
+        program = Program(
+            self.source, self.options, index, sites, find_regions(index, sites), data, self.provider
+        )
+        for site in sites:
+            if site.obstacle is not None:
+                program.decide("sites", site, "declined", site.obstacle)
+        program.shared["cost"] = cost.cuda() if self.target == "cuda" else cost.cpu()
+        program.shared["latency_samples"] = min(DEFAULT_ROWS, program.data.samples("report"))
+        program.init = load_nulls(sites, program.affine, self.options.init, self.options.init_preset)
+        return program
+
+    def _nothing(self, program: Program, reason: str) -> tuple[Program, None]:
+        for site in program.sites:
+            if site.obstacle is None:
+                program.decide("compiler", site, "declined", reason)
+        return program, None
+
+    def _can_verify(self, program: Program) -> bool:
+        """Raises CannotVerifyError on the user's own data; on synthetic data an original that fails is copied."""
+        if program.data.kind == "none":
+            return False
+        try:
+            self.original = self._session(self.source.path or self.source.proto)
+            verify.check_original(self.original, program.data)
+        except CannotVerifyError as error:
+            if program.data.kind == "calibration":
+                raise
+            self.warnings.append(f"not verified: {error}")
+            return False
+        if program.data.kind == "synthetic":
+            self.warnings.append("not verified on real data: only synthetic inputs were given to the model")
+        return True
+
+    def _session(self, model: onnx.ModelProto | Path) -> Session:
+        return open_session(
+            model, provider=self.provider, threads=self.options.threads, folder=self.source.folder
+        )
+
+    def _replay(self, program: Program) -> None:
+        if self.options.replay is None:
+            return
+        kept = _kept_regions(self.options.replay)
+        for region in program.regions:
+            if region.name not in kept:
+                program.banned[region.name] = "replay"
+
+    def _find(self, program: Program) -> None:
+        """Everything that does not depend on what is kept."""
+        self.progress.stage("criterion")
+        Criterion().run(program)
+        self.progress.stage("annealing")
+        Annealing(seed=self.options.seed).run(program)
+        sites = [site for region in program.regions for site in region.sites]
+        if sites:
+            probe = Probe(program.index, sites, self.source.folder)
+            program.shared["calibrator"] = Calibrator(probe, program.data)
+            program.shared["rows_per_sample"] = self._rows_per_sample(program)
+
+    def _rows_per_sample(self, program: Program) -> dict[int, int]:
+        calibrator: Calibrator = program.shared["calibrator"]
+        feeds = next(iter(calibrator.feeds("select")))
+        samples = len(next(iter(feeds.values())))
+        sites = [site for region in program.regions for site in region.sites]
+        made = calibrator.probe.run(feeds, {}, [site.output for site in sites])
+        return {
+            site.index: max(1, made[site.output].size // site.shape[1] // samples) for site in sites
+        }
+
+    def _settle(self, program: Program) -> onnx.ModelProto | None:
+        """Plan, write and measure until every gate passes or nothing is left."""
+        for number in range(MAX_ROUNDS):
+            self.progress.stage(f"planning, round {number + 1}")
+            Planning().run(program)
+            if not program.rewrites:
+                return None
+            Splitting().run(program)
+            written = program.shared["written"]
+            _stamp(written, program)
+            self.progress.stage(f"measuring, round {number + 1}")
+            self.gates = self._measure(program, written)
+            if self.gates.offender is None:
+                return written  # type: ignore[no-any-return]
+            program.banned[self.gates.offender] = self.gates.why
+            self.history.append({"round": number + 1, "undone": self.gates.offender, "why": self.gates.why})
+        self._nothing(program, "rounds-exhausted")
+        program.rewrites = []
+        return None
+
+    def _measure(self, program: Program, written: onnx.ModelProto) -> Gates:
+        gates = Gates()
+        worst = max(program.rewrites, key=lambda rewrite: rewrite.predicted_error).region.name
+        try:
+            candidate = self._session(written)
+        except CannotVerifyError as error:
+            raise _broken(f"the written model does not load: {error}") from error
+        if problem := verify.interface_difference(self.source.proto, written):
+            raise _broken(problem)
+        gates.rewrite_change = self._rewrite_change(program, candidate)
+        if gates.rewrite_change > _noise(program.rewrites):
+            gates.offender, gates.why = worst, "rounding"
+            return gates
+        gates.verification = verify.verify(
+            self.original, candidate, program.data, "report", self.options.metric, self.options.tolerance
+        )
+        if not gates.verification.passed:
+            gates.offender, gates.why = worst, "tolerance"
+            return gates
+        if self.options.latency_gate:
+            gates.latency = self._latency(program, candidate)
+            slow = gates.latency.interval[0] < self.options.min_speedup
+            if slow and self.options.replay is None:
+                least = min(program.rewrites, key=lambda rewrite: rewrite.predicted_gain)
+                gates.offender, gates.why = least.region.name, "latency"
+        return gates
+
+    def _rewrite_change(self, program: Program, candidate: Session) -> float:
+        """The written model against the dense-equivalent one: the same sums in another order."""
+        calibrator: Calibrator = program.shared["calibrator"]
+        placed = {
+            site.index: affine
+            for rewrite in program.rewrites
+            for site, affine in zip(rewrite.region.sites, rewrite.affine, strict=True)
+        }
+        pairs = (
+            (calibrator.probe.run(feeds, placed), candidate.run(feeds)) for feeds in calibrator.feeds("select")
+        )
+        return compare_outputs(pairs, "rel-l2", self.options.tolerance).largest
+
+    def _latency(self, program: Program, candidate: Session) -> Latency:
+        feeds = next(program.data.batches("report", program.shared["latency_samples"]))
+        return compare_latency(self.original, candidate, feeds, seed=self.options.seed)
+
+
+def _broken(what: str) -> DecompError:
+    return DecompError(f"internal error: {what}; please report it with the model's structure")
+
+
+def _noise(rewrites: Sequence[Rewrite]) -> float:
+    return max(FLOAT_NOISE[site.dtype] for rewrite in rewrites for site in rewrite.region.sites)
+
+
+def _stamped(proto: onnx.ModelProto) -> bool:
+    return any(entry.key == "onnx_decomp.version" for entry in proto.metadata_props)
+
+
+def _stamp(written: onnx.ModelProto, program: Program) -> None:
+    """Say in the model's own metadata what was done to it; the user's entries stay as they are."""
+    options = program.options
+    said = {
+        "version": version(),
+        "options": json.dumps(
+            {"tolerance": options.tolerance, "metric": options.metric, "seed": options.seed}, sort_keys=True
+        ),
+        "input_sha256": program.source.sha256,
+        "verdict": ", ".join(f"{rewrite.region.name}: {rewrite.decision}" for rewrite in program.rewrites),
+    }
+    for entry in [entry for entry in written.metadata_props if entry.key.startswith("onnx_decomp.")]:
+        written.metadata_props.remove(entry)
+    for key, value in said.items():
+        written.metadata_props.add(key=f"onnx_decomp.{key}", value=value)
+
+
+def _kept_regions(report: Path) -> set[str]:
+    try:
+        return set(json.loads(report.read_text(encoding="utf-8"))["kept"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{report}: not a report with a list of kept regions ({type(error).__name__}); give one that --report wrote"
+        ) from error
+
+
+def version() -> str:
+    """Version of this package as installed."""
+    return metadata.version("onnx-decomp")
+
+
+def compile_model(
+    source: ModelFile, options: Options, progress: Progress | None = None
+) -> tuple[Result, Program]:
+    """Compile a loaded model; nothing is written."""
+    run = Run(source, options, progress or Silent())
+    program, written = run.compile()
+    if written is None:
+        run.gates = Gates()
+    measured = Measured(
+        verification=run.gates.verification,
+        rewrite_change=run.gates.rewrite_change,
+        latency=run.gates.latency,
+        history=tuple(run.history),
+        warnings=tuple(run.warnings),
+        seconds=time.monotonic() - run.started,
+    )
+    report = build(program, written, measured)
+    if written is None and options.require_change:
+        raise RequireChangeError(
+            f"{source.path or 'the model'}: nothing was kept and --require-change was given; "
+            "see the reasons in --report, or allow a larger --tolerance"
+        )
+    return Result(written if written is not None else source.proto, report, written is not None), program
+
+
+def compile_file(
+    path: Path, out: Path | None, options: Options, progress: Progress | None = None
+) -> Result:
+    """Compile the model at `path` and write it to `out`, whole or not at all (nothing where `out` is None)."""
+    if out is not None:
+        model_io.check_output(path, out)
+    source = model_io.load(path)
+    result, _ = compile_model(source, options, progress)
+    if out is not None and not options.dry_run:
+        if result.changed:
+            model_io.save(result.model, source, out)
+        else:
+            model_io.copy(source, out)
+        result.report["output"]["path"] = str(out)
+    return result
+
+
+def decompose(
+    model: onnx.ModelProto | str | Path,
+    *,
+    init: str | Path | None = None,
+    calib: str | Path | None = None,
+    options: Options | None = None,
+) -> Result:
+    """Decompose a model in memory or on disk; see `Options` for everything else. Nothing is written."""
+    from dataclasses import replace
+
+    chosen = options or Options()
+    if init is not None:
+        chosen = replace(chosen, init=Path(init))
+    if calib is not None:
+        chosen = replace(chosen, calib=Path(calib))
+    source = model_io.from_proto(model) if isinstance(model, onnx.ModelProto) else model_io.load(Path(model))
+    return compile_model(source, chosen)[0]
+
+
+__all__ = ["Data", "Result", "compile_file", "compile_model", "decompose"]

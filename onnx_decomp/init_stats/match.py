@@ -1,0 +1,171 @@
+"""Which entry of a snapshot is the initial value of which weight. Exporters rename; doubt means no.
+
+In this order, each step on what the ones before left over:
+
+1. name: an entry called like the stored weight, or like the node;
+2. scope: the module path agrees best, from both sides, and with nothing else as well;
+3. generated: the same made-up name (`onnx::MatMul_12`), which only the same exporter repeats;
+4. shape: one weight and one entry left that fit each other and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from onnx_decomp.errors import InputError
+from onnx_decomp.init_stats.names import Names, agreement, is_generated, site_names
+from onnx_decomp.init_stats.sources import Entry
+from onnx_decomp.sites import Site
+
+Step = Literal["name", "scope", "generated", "shape"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One stored tensor and the sites that use it."""
+
+    sites: tuple[Site, ...]
+    names: Names
+
+    def fits(self, entry: Entry) -> bool:
+        """The entry has the shape of W [K, N], or of its transpose where its orientation is open."""
+        shape = self.sites[0].shape
+        return entry.shape == shape or (entry.layout != "canonical" and entry.shape == shape[::-1])
+
+
+@dataclass
+class Pairing:
+    """What was paired, by position in the sequences that were matched."""
+
+    pairs: dict[int, tuple[int, Step]] = field(default_factory=dict)
+    ambiguous: set[int] = field(default_factory=set)
+
+
+def group_sites(sites: Sequence[Site], scopes: Mapping[int, str]) -> list[Weight]:
+    """Sites by stored tensor: all uses of a shared weight have the same initial value."""
+    groups: dict[tuple[str, str, tuple[int, int]], list[Site]] = defaultdict(list)
+    for site in sites:
+        low, high = sorted(site.shape)
+        groups[site.weight, site.graph, (low, high)].append(site)
+    return [
+        Weight(tuple(group), _merge([site_names(site, scopes.get(site.index)) for site in group]))
+        for group in groups.values()
+    ]
+
+
+def _merge(names: Sequence[Names]) -> Names:
+    exact = dict.fromkeys(name for item in names for name in item.exact)
+    return Names(tuple(exact), tuple(dict.fromkeys(path for item in names for path in item.paths)))
+
+
+def pair(weights: Sequence[Weight], entries: Sequence[Entry]) -> Pairing:
+    """Pair weights with entries. Raises InputError where a weight's own name has another shape."""
+    found = Pairing()
+    _by_exact_name(weights, entries, found, "name", lambda name: not is_generated(name))
+    _by_scope(weights, entries, found)
+    _by_exact_name(weights, entries, found, "generated", is_generated)
+    _by_shape(weights, entries, found)
+    found.ambiguous -= found.pairs.keys()
+    return found
+
+
+def _by_exact_name(
+    weights: Sequence[Weight],
+    entries: Sequence[Entry],
+    found: Pairing,
+    step: Step,
+    wanted: Callable[[str], bool],
+) -> None:
+    named: dict[str, set[int]] = defaultdict(set)
+    for position, entry in enumerate(entries):
+        for name in entry.names.exact:
+            named[name].add(position)
+    used = _used(found)
+    for number, weight in enumerate(weights):
+        if number in found.pairs:
+            continue
+        for name in filter(wanted, weight.names.exact):
+            owners = named.get(name, set()) - used
+            if len(owners) != 1:
+                continue
+            (position,) = owners
+            if weight.fits(entries[position]):
+                found.pairs[number] = (position, step)
+                break
+            if step == "name" and name == weight.sites[0].weight == entries[position].name:
+                raise _wrong_shape(entries[position], weight)
+
+
+def _wrong_shape(entry: Entry, weight: Weight) -> InputError:
+    return InputError(
+        f"{entry.file}: entry {entry.name!r} has shape {list(entry.shape)}, but the weight of"
+        f" {weight.sites[0].name!r} is {list(weight.sites[0].shape)}; give the snapshot of this very model"
+    )
+
+
+def _by_scope(weights: Sequence[Weight], entries: Sequence[Entry], found: Pairing) -> None:
+    scores = _scores(weights, entries, found)
+    best_of_entry: dict[int, list[tuple[int, bool]]] = defaultdict(list)
+    for row in scores.values():
+        for position, score in row.items():
+            best_of_entry[position].append(score)
+    for number, row in scores.items():
+        best = max(row.values())
+        candidates = [position for position, score in row.items() if score == best]
+        rivals = [score for score in best_of_entry[candidates[0]] if score >= best]
+        if len(candidates) > 1 or (len(rivals) > 1 and max(rivals) == best):
+            found.ambiguous.add(number)
+        elif len(rivals) == 1:
+            found.pairs[number] = (candidates[0], "scope")
+
+
+def _scores(
+    weights: Sequence[Weight], entries: Sequence[Entry], found: Pairing
+) -> dict[int, dict[int, tuple[int, bool]]]:
+    """How well each weight left over agrees with each entry left over that fits it, where it does at all."""
+    used = _used(found)
+    by_last: dict[str, list[int]] = defaultdict(list)
+    for position, entry in enumerate(entries):
+        for last in {path[-1] for path in entry.names.paths if path}:
+            if position not in used:
+                by_last[last].append(position)
+    scores: dict[int, dict[int, tuple[int, bool]]] = {}
+    for number, weight in enumerate(weights):
+        if number in found.pairs:
+            continue
+        row: dict[int, tuple[int, bool]] = {}
+        for path in weight.names.paths:
+            for position in by_last.get(path[-1], []):
+                if weight.fits(entries[position]):
+                    score = max(agreement(path, other) for other in entries[position].names.paths)
+                    row[position] = max(score, row.get(position, (0, False)))
+        row = {position: score for position, score in row.items() if score[0]}
+        if row:
+            scores[number] = row
+    return scores
+
+
+def _by_shape(weights: Sequence[Weight], entries: Sequence[Entry], found: Pairing) -> None:
+    used = _used(found)
+    free: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for position, entry in enumerate(entries):
+        if position not in used and entry.is_matrix:
+            free[tuple(sorted(entry.shape))].append(position)
+    fitting = {
+        number: [n for n in free.get(tuple(sorted(weight.sites[0].shape)), []) if weight.fits(entries[n])]
+        for number, weight in enumerate(weights)
+        if number not in found.pairs
+    }
+    claims = Counter(position for candidates in fitting.values() for position in candidates)
+    for number, candidates in fitting.items():
+        if len(candidates) == 1 and claims[candidates[0]] == 1:
+            found.pairs[number] = (candidates[0], "shape")
+        elif candidates:
+            found.ambiguous.add(number)
+
+
+def _used(found: Pairing) -> set[int]:
+    return {position for position, _ in found.pairs.values()}

@@ -1,0 +1,117 @@
+"""The original graph, run with other weights.
+
+Every site of interest becomes MatMul + Add whose W and b are graph inputs, so one ONNX Runtime session serves every
+candidate: a rewrite is tried by feeding it. What the probe computes with a rewrite's dense-equivalent weights is what
+the written model must compute, up to float noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnx_decomp.runtime import Session, open_session
+from onnx_decomp.sites import Affine, GraphIndex, Site, read_affine
+
+Feeds = Mapping[str, NDArray[Any]]
+
+
+def probe_model(index: GraphIndex, sites: Sequence[Site], fetch: Iterable[str]) -> onnx.ModelProto:
+    """The original with each site's affine map fed through inputs, and `fetch` as further outputs."""
+    model = onnx.ModelProto()
+    model.CopyFrom(index.proto)
+    graph = model.graph
+    replaced = {site.nodes[-1]: site for site in sites}
+    dropped = {position for site in sites for position in site.nodes}
+    nodes = []
+    for position, node in enumerate(index.proto.graph.node):
+        if position in replaced:
+            nodes += _affine_nodes(replaced[position])
+        elif position not in dropped:
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for site in sites:
+        element = onnx.helper.np_dtype_to_tensor_dtype(site.dtype)
+        k, n = site.shape
+        graph.input.append(onnx.helper.make_tensor_value_info(_weight(site), element, [k, n]))
+        graph.input.append(onnx.helper.make_tensor_value_info(_bias(site), element, [n]))
+    _drop_unread(graph, {site.weight for site in sites})
+    known = {value.name for value in graph.output}
+    for name in dict.fromkeys(fetch):
+        if name not in known:
+            graph.output.append(onnx.ValueInfoProto(name=name))
+    return model
+
+
+def _affine_nodes(site: Site) -> list[onnx.NodeProto]:
+    product = f"{_weight(site)}.product"
+    return [
+        onnx.helper.make_node("MatMul", [site.input, _weight(site)], [product], name=f"{_weight(site)}/MatMul"),
+        onnx.helper.make_node("Add", [product, _bias(site)], [site.output], name=f"{_weight(site)}/Add"),
+    ]
+
+
+def _weight(site: Site) -> str:
+    return f"onnx_decomp.probe.{site.index}.W"
+
+
+def _bias(site: Site) -> str:
+    return f"onnx_decomp.probe.{site.index}.b"
+
+
+def _drop_unread(graph: onnx.GraphProto, weights: set[str]) -> None:
+    """Initializers that only the replaced nodes read would stay in memory for nothing."""
+    read = {name for node in graph.node for name in node.input}
+    kept = [t for t in graph.initializer if t.name not in weights or t.name in read]
+    if len(kept) < len(graph.initializer):
+        copies = [onnx.TensorProto.FromString(t.SerializeToString()) for t in kept]
+        del graph.initializer[:]
+        graph.initializer.extend(copies)
+
+
+class Probe:
+    """A session of `probe_model`; `sites` are what can be fed anew, everything else is the original's."""
+
+    def __init__(self, index: GraphIndex, sites: Sequence[Site], folder: Path | None) -> None:
+        self._index = index
+        self._sites = tuple(sites)
+        self._original: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
+        tensors = [name for site in sites for name in (site.input, site.output)]
+        fed = {value.name for value in index.proto.graph.input}
+        self._fetchable = [name for name in dict.fromkeys(tensors) if name not in fed]
+        model = probe_model(index, sites, self._fetchable)
+        self._session: Session = open_session(model, folder=folder, prepack=False)
+        self.outputs = tuple(value.name for value in index.proto.graph.output)
+
+    def run(
+        self, feeds: Feeds, affine: Mapping[int, Affine], fetch: Sequence[str] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Outputs (or the tensors in `fetch`) with the given affine maps in place of the original's, by site index."""
+        wanted = self.outputs if fetch is None else tuple(dict.fromkeys(fetch))
+        given = {name: feeds[name] for name in wanted if name in feeds}
+        asked = [name for name in wanted if name not in given]
+        if not asked:
+            return given
+        inputs = dict(feeds)
+        for site in self._sites:
+            inputs[_weight(site)], inputs[_bias(site)] = self._stored(site, affine.get(site.index))
+        return given | self._session.run(inputs, asked, partial=True)
+
+    def _stored(self, site: Site, affine: Affine | None) -> tuple[NDArray[Any], NDArray[Any]]:
+        if affine is not None:
+            return _rounded(site, affine)
+        if site.index not in self._original:
+            self._original[site.index] = _rounded(site, read_affine(self._index, site))
+        return self._original[site.index]
+
+
+def _rounded(site: Site, affine: Affine) -> tuple[NDArray[Any], NDArray[Any]]:
+    """As the written model will store them: in the site's own type, a missing bias as zeros."""
+    bias = np.zeros(site.shape[1], np.float32) if affine.bias is None else affine.bias
+    return np.ascontiguousarray(affine.weight, site.dtype), np.ascontiguousarray(bias, site.dtype)

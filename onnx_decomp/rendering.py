@@ -1,0 +1,198 @@
+"""A report for people: a table on a terminal, one HTML page, the story of one node."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from onnx_decomp.report import Report, explain
+from onnx_decomp.terminal import printable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+PICTURE = 160.0
+"""Longer side of the picture of a structure, in pixels."""
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """One block in the picture of a structure: what it maps from (y, height) and to (x, width)."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    hue: int
+    title: str
+
+
+def render_table(report: Report, every_site: bool = True) -> RenderableType:
+    """The sites and what became of them; without `every_site`, those left dense are only counted by reason."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("node", "shape", "null", "blocks", "decision", "form"):
+        table.add_column(heading, overflow="fold", min_width=5)
+    for heading in ("FLOPs", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold", min_width=24)
+    shown = [site for site in report["sites"] if every_site or site["decision"] != "dense"]
+    for site in shown:
+        style = "" if site["decision"] == "dense" else "green"
+        table.add_row(*(Text(printable(cell), style) for cell in _row(site)))
+    lines = [Text(printable(line)) for line in summary(report)]
+    if len(shown) < len(report["sites"]):
+        lines = [Text(printable(line)) for line in _left_alone(report)] + lines
+    return Group(*([table] if shown else []), *lines)
+
+
+def summary(report: Report) -> list[str]:
+    """The whole model in a few lines."""
+    before, after = report["input"], report["output"]
+    lines = [
+        f"MatMul FLOPs per sample: {_count(before['matmul_flops'])} -> {_count(after['matmul_flops'])}, "
+        f"parameters: {_count(before['parameters'])} -> {_count(after['parameters'])}, "
+        f"bytes: {_count(before['bytes'])} -> {_count(after['bytes'])}"
+    ]
+    check = report["verify"]
+    if check is None:
+        lines.append("outputs: not compared")
+    else:
+        changes = [c["rel_l2"] for c in check["outputs"].values() if c["rel_l2"] is not None]
+        largest = f"largest relative change {_number(max(changes))}" if changes else "no float outputs"
+        lines.append(
+            f"outputs: {largest}; {check['metric']} {'within' if check['passed'] else 'beyond'} "
+            f"the tolerance of {_number(check['tolerance'])}"
+        )
+    latency = report["latency"]
+    if isinstance(latency, str):
+        lines.append(f"latency: {latency}")
+    else:
+        low, high = latency["interval"]
+        lines.append(
+            f"latency on {latency['provider']}, threads {latency['threads'] or 'all'}: "
+            f"{_number(latency['before_ms'])} ms -> {_number(latency['after_ms'])} ms, "
+            f"{_number(latency['speedup'])}x (95 %: {_number(low)} to {_number(high)})"
+        )
+    return lines
+
+
+def describe_site(site: Mapping[str, Any]) -> list[str]:
+    """All that a report says of one site, a fact a line."""
+    form = f" as {site['form']}" if site["form"] else ""
+    lines = [
+        f"{site['node']}: {site['op']} {_shape(site)} {site['dtype']}",
+        f"  weight: {site['weight']}, in {site['graph']}",
+        f"  decision: {site['decision']}{form}, {_number(site['flop_ratio'])} of its FLOPs",
+        f"  why: {explain(site['reason'] or 'not looked at')} [{site['reason'] or '-'}]",
+    ]
+    if site["region"]:
+        lines.append(f"  region: {site['region']}")
+    if site["null"]:
+        lines.append(f"  null: {_facts(site['null'])}")
+    lines.append(
+        f"  evidence: {_facts({key: site[key] for key in ('supported', 'learned_rank', 'influence')})}"
+    )
+    structure = site["structure"]
+    if structure:
+        facts = {key: structure[key] for key in ("kind", "p", "stability")}
+        lines.append(f"  structure: {len(structure['blocks'])} blocks, {_facts(facts)}")
+        lines += [
+            f"    block {number}: {len(block['rows'])} inputs, {len(block['cols'])} outputs"
+            for number, block in enumerate(structure["blocks"])
+        ]
+    lines.append(f"  error: {_facts(site['error'])}")
+    for entry in site.get("decisions", []):
+        numbers = f": {_facts(entry['numbers'])}" if entry["numbers"] else ""
+        lines.append(f"  {entry['pass']} {entry['verdict']} it, {entry['reason']}{numbers}")
+    return [printable(line) for line in lines]
+
+
+def render_html(report: Report) -> str:
+    """One page that needs nothing else: no script, no font, no image from anywhere."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("onnx_decomp"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
+    )
+    pictures = [(site, picture(site)) for site in report["sites"] if site["structure"]]
+    rows = [(site["decision"] != "dense", _row(site)) for site in report["sites"]]
+    template = environment.get_template("report.html")
+    return template.render(report=report, summary=summary(report), rows=rows, pictures=pictures, side=PICTURE)
+
+
+def picture(site: Mapping[str, Any]) -> list[Rectangle]:
+    """The blocks along the diagonal of a K x N frame; what is in none leaves the frame empty."""
+    k, n = site["shape"]
+    scale = PICTURE / max(k, n)
+    blocks = site["structure"]["blocks"]
+    found, x, y = [], 0.0, 0.0
+    for number, block in enumerate(blocks):
+        height, width = len(block["rows"]) * scale, len(block["cols"]) * scale
+        title = f"block {number}: {len(block['rows'])} inputs x {len(block['cols'])} outputs"
+        found.append(Rectangle(x, y, width, height, 360 * number // len(blocks), title))
+        x, y = x + width, y + height
+    return found
+
+
+def _row(site: Mapping[str, Any]) -> tuple[str, ...]:
+    null, structure, error = site["null"], site["structure"], site["error"]
+    measured = error["measured"] if error["measured"] is not None else error["predicted"]
+    return (
+        site["node"],
+        _shape(site),
+        "-" if null is None else null["kind"] if null["fits"] is not False else f"{null['kind']} (no fit)",
+        str(len(structure["blocks"])) if structure else "-",
+        site["decision"],
+        site["form"] or "-",
+        _number(site["flop_ratio"]),
+        _number(measured),
+        explain(site["reason"]) if site["reason"] else "-",
+    )
+
+
+def _left_alone(report: Report) -> Iterator[str]:
+    counts = Counter(site["reason"] for site in report["sites"] if site["decision"] == "dense")
+    for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0] or "")):
+        why = explain(reason) if reason else "not looked at"
+        yield f"{count} {'node' if count == 1 else 'nodes'} left dense: {why}"
+
+
+def _shape(site: Mapping[str, Any]) -> str:
+    return f"{site['shape'][0]}x{site['shape'][1]}"
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    """Names and values in one line, nested ones too; what is not known is left out."""
+    flat = dict(facts)
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key} {name}": item for name, item in flat.pop(key).items()}
+    known = [f"{key} {_number(value)}" for key, value in flat.items() if value is not None]
+    return ", ".join(known) or "not known"
+
+
+def _number(value: Any) -> str:
+    """Three digits; what is not a number as it is."""
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _count(value: float) -> str:
+    """A large count in three digits: 1.23 M."""
+    for unit in ("", " k", " M", " G"):
+        if abs(value) < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} T"

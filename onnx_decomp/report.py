@@ -1,0 +1,350 @@
+"""What a compilation found, did and measured, as plain data: the JSON report, schema "onnx-decomp/1"."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+import onnx
+
+from onnx_decomp import model_io
+from onnx_decomp.errors import InputError
+from onnx_decomp.init_stats import InitStats
+from onnx_decomp.program import Program, Rewrite, Segment, Structure
+from onnx_decomp.sites import Site
+
+if TYPE_CHECKING:  # both start ONNX Runtime, which reading a report does not need
+    from onnx_decomp.latency import Latency
+    from onnx_decomp.metrics import Verification
+
+SCHEMA = "onnx-decomp/1"
+
+PARTS: tuple[Literal["fit", "select", "report"], ...] = ("fit", "select", "report")
+
+Report = dict[str, Any]
+Span = TypeVar("Span", Structure, Segment)
+
+REASONS: Mapping[str, str] = {
+    "already-compiled": "the model is already decomposed; --force compiles it again",
+    "applied": "decomposed, verified and kept",
+    "banned": "a gate undid this region in an earlier round",
+    "bias-not-constant": "the bias is computed while the model runs, so nothing can be folded into it",
+    "cannot-verify": "the model can't be run here, so no change to it could be checked",
+    "empty-weight": "the weight has no entries",
+    "estimated-null": "the initialization is only guessed from the weights; give --init or --init-preset",
+    "excluded": "left out by --include or --exclude",
+    "latency": "it was decomposed, measured, found not faster, and undone",
+    "nested-graph": "it lies in the body of an If, Loop or Scan, which is left as it is",
+    "no-calibration": "there is no calibration data to compensate and verify on; --calib gives it",
+    "no-structure": "training connected all of it: no independent blocks were found",
+    "not-better-than-shuffled": "blocks as good as these are found in shuffled weights too: they are chance",
+    "not-faster": "the smaller form is predicted to be no faster than the dense one",
+    "null-does-not-fit": "the weights don't follow the given initialization, so nothing is decided from it",
+    "off-block-evidence": "training left significant weights between the blocks",
+    "permutation-cost": "bringing inputs and outputs into block order would cost more than it saves",
+    "replay": "the replayed report did not keep it",
+    "shared-weight": "the weight is used in several places, and splitting one use would store it twice",
+    "tolerance": "even compensated, the rewrite changes the outputs by more than the tolerance",
+    "transposed-input": "the Gemm transposes its input (transA)",
+    "weight-on-the-left": "the constant is the left operand of the product",
+    "weight-type": "the weight's type is neither float32 nor float16",
+}
+
+
+def explain(reason: str) -> str:
+    """A reason code as a sentence for a busy engineer; a code that is not known stays as it is."""
+    return REASONS.get(reason, reason)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What only the run knows: gates, time, and what was undone on the way."""
+
+    verification: Verification | None
+    """None where the outputs could not be compared."""
+    rewrite_change: float
+    """Largest relative L2 distance of the written model from the dense-equivalent one."""
+    latency: Latency | None
+    seconds: float
+    history: Sequence[Mapping[str, Any]] = ()
+    """{round, undone, why} for each round in which a gate undid something."""
+    warnings: Sequence[str] = ()
+    region_errors: Mapping[str, float] = field(default_factory=dict)
+    """Measured output change of each region alone, where that was measured."""
+
+
+def build(program: Program, written: onnx.ModelProto | None, measured: Measured) -> Report:
+    """The report on one compilation; `written` is None where nothing was kept. NaN becomes null."""
+    source, data = program.source, program.data
+    dense, rewritten = matmul_flops(program)
+    same = {"sha256": source.sha256, "bytes": source.size}
+    output = {"path": None, **(same if written is None else _serialized(written, source.folder))}
+    report = {
+        "schema": SCHEMA,
+        "verdict": verdict(program, measured.latency),
+        "warnings": measured.warnings,
+        "input": {"path": source.path, **same, **_size(source.proto, dense)},
+        "output": {**output, **_size(written or source.proto, rewritten)},
+        "options": dataclasses.asdict(program.options),
+        "versions": versions(),
+        "seed": program.options.seed,
+        "seconds": round(measured.seconds, 3),
+        "kept": [rewrite.region.name for rewrite in program.rewrites],
+        "history": measured.history,
+        "init": (program.init or InitStats()).report(),
+        "data": {"kind": data.kind, **{part: data.samples(part) for part in PARTS}},
+        "sites": _sites(program, measured.region_errors),
+        "verify": _verification(measured.verification),
+        "rewrite": {"max_rel_l2": measured.rewrite_change},
+        "latency": _latency(measured.latency),
+    }
+    plain: Report = _plain(report)
+    return plain
+
+
+def record_output(report: Report, out: Path) -> None:
+    """Put down that the model was written to `out`."""
+    report["output"]["path"] = str(out)
+    if report["output"]["sha256"] is None:
+        file = model_io.load(out)
+        report["output"] |= {"sha256": file.sha256, "bytes": file.size}
+
+
+def verdict(program: Program, latency: Latency | None) -> str:
+    """The one line that the command ends with."""
+    if not program.rewrites:
+        return "nothing kept: OUT is IN byte for byte"
+    dense, rewritten = matmul_flops(program)
+    line = f"kept {len(program.rewrites)} of {len(program.regions)} regions: "
+    line += f"{rewritten / dense:.2g} of the MatMul FLOPs, "
+    if latency is None:
+        line += "latency not measured"
+    else:
+        ratio, word = (latency.speedup, "faster") if latency.speedup >= 1 else (1 / latency.speedup, "slower")
+        threads = (
+            f"{latency.threads} thread{'s' * (latency.threads != 1)}" if latency.threads else "all threads"
+        )
+        line += f"{ratio:.3g}x {word} on {latency.provider} with {threads}"
+    return line if program.data.kind == "calibration" else f"{line}; not verified on real data"
+
+
+def matmul_flops(program: Program) -> tuple[int, int]:
+    """FLOPs of all sites for one sample of the report data: of the original, and with the rewrites."""
+    rows = program.shared.get("rows_per_sample", {})
+    computed = {
+        site.index: multiplications(rewrite, position)
+        for rewrite in program.rewrites
+        for position, site in enumerate(rewrite.region.sites)
+    }
+    dense = sum(site.flops * rows.get(site.index, 1) for site in program.sites)
+    rewritten = sum(
+        2 * computed.get(site.index, site.flops // 2) * rows.get(site.index, 1) for site in program.sites
+    )
+    return dense, rewritten
+
+
+def multiplications(rewrite: Rewrite, position: int) -> int:
+    """Multiplications that a rewrite does for one row of the input of the region's site at `position`."""
+    segment = _covering(rewrite.segments, position)
+    if segment is None:
+        return rewrite.region.sites[position].flops // 2
+    return sum(len(rows) * len(columns) for rows, columns in _blocks(segment, position))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the result; ONNX Runtime under the name of the package that is installed."""
+    found = {}
+    for name in ("onnx-decomp", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def to_json(report: Report) -> str:
+    """The report as text; a list of numbers stays on one line, however long."""
+    text = json.dumps(report, indent=2, allow_nan=False)
+    # A raw line break never stands inside a JSON string, so names can't be mistaken for lists.
+    return re.sub(r"\[(\n[-+.\de,\s]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+
+
+def read(path: Path) -> Report:
+    """A report that an earlier run has written."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: not a readable report ({error}); give a file that --report wrote"
+        ) from error
+    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
+        raise InputError(f"{path}: not a report of schema {SCHEMA}; give a file that --report wrote")
+    return report
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all: beside its place first, then renamed."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _serialized(model: onnx.ModelProto, folder: Path) -> Report:
+    """What the file of a model will be; not known where saving will move its large tensors out of it."""
+    if model.ByteSize() > model_io.MAX_EMBEDDED:
+        return {"sha256": None, "bytes": None}
+    data = model.SerializeToString(deterministic=True)
+    beside = sum((folder / name).stat().st_size for name in model_io.external_files(model))
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data) + beside}
+
+
+def _size(model: onnx.ModelProto, flops: int) -> Report:
+    return {"parameters": model_io.parameters(model), "matmul_flops": flops}
+
+
+def _sites(program: Program, errors: Mapping[str, float]) -> list[Report]:
+    place = {
+        site.index: (region.name, position)
+        for region in program.regions
+        for position, site in enumerate(region.sites)
+    }
+    rewrites = {rewrite.region.name: rewrite for rewrite in program.rewrites}
+    entries = []
+    for site in program.sites:
+        region, position = place.get(site.index, (None, 0))
+        rewrite = rewrites.get(region) if region else None
+        structure = _covering(program.structures.get(region, ()), position) if region else None
+        entries.append(
+            {
+                "node": site.name,
+                "op": site.op,
+                "weight": site.weight,
+                "shape": site.shape,
+                "dtype": str(site.dtype),
+                "graph": site.graph,
+                "region": region,
+                **_evidence(program, site),
+                "structure": _structure(structure, position),
+                **_outcome(site, rewrite, position),
+                "reason": _reason(program, site, region, rewrite),
+                "error": {
+                    "predicted": rewrite.predicted_error if rewrite else None,
+                    "measured": errors.get(region) if region else None,
+                },
+                "decisions": [
+                    {"pass": d.where, "verdict": d.verdict, "reason": d.reason, "numbers": dict(d.numbers)}
+                    for d in program.decisions
+                    if d.site == site.index
+                ],
+            }
+        )
+    return entries
+
+
+def _evidence(program: Program, site: Site) -> Report:
+    """What the two witnesses say about a site, whatever was decided."""
+    influence = [
+        d.numbers["influence"] for d in program.decisions if d.site == site.index and "influence" in d.numbers
+    ]
+    found = program.evidence.get(site.index)
+    null: Report | None = None
+    if found is not None:
+        null = {"kind": found.kind, "fits": found.fits, "misfit": found.misfit}
+        null |= {"scale": found.scale, "shrink": found.shrink, "summary": dict(found.summary)}
+    elif program.init is not None and site.index in program.init.nulls:
+        null = {"kind": program.init.nulls[site.index].kind, "fits": None}
+    return {
+        "null": null,
+        "supported": found.supported if found else None,
+        "learned_rank": found.learned_rank if found else None,
+        "influence": influence[-1] if influence else None,
+    }
+
+
+def _structure(structure: Structure | None, position: int) -> Report | None:
+    if structure is None:
+        return None
+    blocks = [{"rows": rows, "cols": columns} for rows, columns in _blocks(structure, position)]
+    return {"blocks": blocks, "kind": structure.kind, "p": structure.p, "stability": structure.stability}
+
+
+def _outcome(site: Site, rewrite: Rewrite | None, position: int) -> Report:
+    """The decision on the site itself: a region that is split may hold a layer that stays dense."""
+    segment = _covering(rewrite.segments, position) if rewrite else None
+    if rewrite is None or segment is None:
+        return {"decision": "dense", "form": None, "rank": None, "flop_ratio": 1.0}
+    count, dense = multiplications(rewrite, position), site.shape[0] * site.shape[1]
+    decision = "split" if segment.blocks > 1 else "reduced" if count < dense else "dense"
+    return {"decision": decision, "form": segment.form, "rank": None, "flop_ratio": count / dense}
+
+
+def _reason(program: Program, site: Site, region: str | None, rewrite: Rewrite | None) -> str | None:
+    """Why it is as it is. What a gate undid tells more than the later pass that found it banned."""
+    if site.obstacle is not None:
+        return site.obstacle
+    if rewrite is not None:
+        return rewrite.reason
+    if region in program.banned:
+        return program.banned[region]
+    last = program.reason(site)
+    return last.reason if last else None
+
+
+def _covering(spans: Iterable[Span], position: int) -> Span | None:
+    return next((span for span in spans if span.start <= position < span.stop), None)
+
+
+def _blocks(span: Structure | Segment, position: int) -> list[tuple[Any, Any]]:
+    """Rows and columns of each block at one site, in original order."""
+    rows, columns = span.labels[position - span.start : position - span.start + 2]
+    return [(np.flatnonzero(rows == b), np.flatnonzero(columns == b)) for b in range(span.blocks)]
+
+
+def _verification(found: Verification | None) -> Report | None:
+    if found is None:
+        return None
+    outputs = {name: dataclasses.asdict(change) for name, change in found.outputs.items()}
+    return {"passed": found.passed, "metric": found.metric, "tolerance": found.tolerance, "outputs": outputs}
+
+
+def _latency(found: Latency | None) -> Report | str:
+    if found is None:
+        return "not measured"
+    names = ("provider", "threads", "before_ms", "after_ms", "speedup", "interval")
+    return {name: getattr(found, name) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    """The same in JSON's own types; NaN and infinity, which JSON lacks, become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return str(value)

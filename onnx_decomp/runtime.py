@@ -1,0 +1,265 @@
+"""ONNX Runtime: which provider works here, and sessions that fail in one line."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from onnx_decomp.errors import CannotVerifyError, InternalError, ProviderError
+from onnx_decomp.options import Provider
+
+Device = Literal["cpu", "cuda"]
+Arrays = Mapping[str, NDArray[Any]]
+
+_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+_FATAL = 4  # ONNX Runtime's log severity: what goes wrong comes as an exception, in one line
+_WARNING = 2  # ... and its default
+
+
+class RunError(CannotVerifyError):
+    """ONNX Runtime would not load or run a model."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output. dtype: numpy's name of it; shape: None or a symbol where a dim is free."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+
+class Session:
+    """A model ready to run on one provider."""
+
+    def __init__(
+        self, handle: ort.InferenceSession, provider: Device, threads: int | None, keep: object
+    ) -> None:
+        self.handle = handle
+        self.provider = provider
+        self.threads = threads
+        self.inputs = tuple(_port(item) for item in handle.get_inputs())
+        self.outputs = tuple(_port(item) for item in handle.get_outputs())
+        self._keep = keep  # ONNX Runtime holds bare pointers to added initializers: they have to outlive it
+
+    def run(
+        self, feeds: Arrays, outputs: Sequence[str] | None = None, *, partial: bool = False
+    ) -> dict[str, NDArray[Any]]:
+        """The outputs asked for (all by default) by name. `partial`: run only the nodes that they need.
+
+        Raises RunError where ONNX Runtime refuses the feeds or fails.
+        """
+        names = [port.name for port in self.outputs] if outputs is None else list(outputs)
+        options = ort.RunOptions()
+        options.log_severity_level = _FATAL
+        options.only_execute_path_to_fetches = partial
+        try:
+            return dict(zip(names, self.handle.run(names, dict(feeds), options), strict=True))
+        except Exception as error:
+            raise RunError(f"the model fails to run: {_reason(error)}") from error
+
+
+def open_session(
+    model: onnx.ModelProto | Path,
+    *,
+    provider: Device = "cpu",
+    threads: int | None = None,
+    folder: Path | None = None,
+    prepack: bool = True,
+    optimize: bool = True,
+    extra_outputs: Sequence[str] = (),
+    initializers: Arrays | None = None,
+) -> Session:
+    """Load a model.
+
+    threads: of one operator; None leaves it to ONNX Runtime. folder: where a ModelProto's external data lies.
+    prepack: False keeps one copy of each weight, slower but bounded in memory. extra_outputs: inner tensors
+    that can be fetched too. initializers: values that take the place of stored ones, of the same shape and
+    type. Both only for a ModelProto. Raises RunError where ONNX Runtime refuses the model.
+    """
+    options = _options(threads, prepack, optimize)
+    values = {name: _value(array) for name, array in (initializers or {}).items()}
+    for name, value in values.items():
+        options.add_initializer(name, value)
+    if folder is not None:
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, str(folder.absolute()))
+    if isinstance(model, onnx.ModelProto):
+        model = _with_initializers(model, initializers or {})
+    elif values or extra_outputs:
+        raise InternalError("initializers and extra outputs need a ModelProto, not a path")
+    try:
+        source = str(model) if isinstance(model, Path) else _bytes(model, extra_outputs)
+        with _quiet():
+            handle = ort.InferenceSession(source, options, providers=_PROVIDERS[provider], enable_fallback=0)
+    except Exception as error:
+        raise RunError(f"ONNX Runtime can't load the model: {_reason(error)}") from error
+    if handle.get_providers()[0] != _PROVIDERS[provider][0]:
+        raise RunError(f"ONNX Runtime did not start its {provider} provider: see `resolve_provider`")
+    return Session(handle, provider, threads, values)
+
+
+def resolve_provider(asked: Provider) -> Device:
+    """Where to run; `auto` is CUDA if that works. Raises ProviderError where CUDA must work and can't."""
+    if asked == "cpu":
+        return "cpu"
+    problem = cuda_problem()
+    if problem is None:
+        return "cuda"
+    if asked == "cuda":
+        raise ProviderError(f"CUDA is not available: {problem}; or use --provider cpu")
+    return "cpu"
+
+
+@cache
+def cuda_problem() -> str | None:
+    """What keeps ONNX Runtime's CUDA provider from working here and how to mend it, or None.
+
+    Everything is probed before ONNX Runtime is asked for CUDA, which would write its own dump to stderr.
+    """
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return "this ONNX Runtime is built without it: `pip install onnx-decomp[cuda]`"
+    windows = sys.platform == "win32"
+    if _devices("nvcuda.dll" if windows else "libcuda.so.1") == 0:
+        return "no NVIDIA driver with a GPU was found"
+    with _quiet():
+        ort.preload_dlls()
+    folder = Path(ort.__file__).parent / "capi"
+    ours = ("onnxruntime_providers_shared", "onnxruntime_providers_cuda")
+    libraries = [str(folder / (f"{name}.dll" if windows else f"lib{name}.so")) for name in ours]
+    for library in [*libraries, "cudnn64_9.dll" if windows else "libcudnn.so.9"]:
+        try:
+            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            return f"{_reason(error)}: `pip install onnx-decomp[cuda]`"
+    try:
+        open_session(_smallest_model(), provider="cuda").run({"x": np.ones((1, 1), np.float32)})
+    except RunError as error:
+        return _reason(error)
+    return None
+
+
+def duplicate_runtimes() -> str | None:
+    """A warning if both ONNX Runtime packages are installed: they overwrite each other's files."""
+    try:
+        found = [f"{name} {version(name)}" for name in ("onnxruntime", "onnxruntime-gpu")]
+    except PackageNotFoundError:
+        return None
+    return f"{' and '.join(found)} overwrite each other: uninstall both, then reinstall the one you want"
+
+
+def _devices(driver: str) -> int:
+    """GPUs that NVIDIA's driver shows; 0 without a driver."""
+    try:
+        library = ctypes.CDLL(driver)
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if library.cuInit(0) != 0 or library.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def _smallest_model() -> onnx.ModelProto:
+    """y = x @ x: what has to run before a provider counts as working (cuBLAS is loaded by it)."""
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 1]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["x", "x"], ["y"])], "probe", [x], [y])
+    return onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 13)])
+
+
+def _options(threads: int | None, prepack: bool, optimize: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.use_deterministic_compute = True
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # Threads that spin after a run would take the cores of the next session's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _with_initializers(model: onnx.ModelProto, values: Arrays) -> onnx.ModelProto:
+    """`model` itself where every name is that of an initializer, else a copy whose Constant nodes are ones.
+
+    Raises InternalError for a name, shape or type that the model does not have: ONNX Runtime would ignore the
+    first without a word, and trip over the others at some later time.
+    """
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants = {
+        node.output[0]: node
+        for node in model.graph.node
+        if node.op_type == "Constant" and node.output[0] in values
+    }
+    for name, array in values.items():
+        if name in constants:
+            continue
+        tensor = stored.get(name)
+        if tensor is None:
+            raise InternalError(f"the model has no initializer {name!r}")
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        if tuple(tensor.dims) != array.shape or dtype != array.dtype:
+            raise InternalError(f"{name!r} is {dtype} {list(tensor.dims)}, not {array.dtype} {array.shape}")
+    if not constants:
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in constants.values():
+        copy.graph.node.remove(node)
+    copy.graph.initializer.extend(onnx.numpy_helper.from_array(values[name], name) for name in constants)
+    return copy
+
+
+def _value(array: NDArray[Any]) -> ort.OrtValue:
+    """The array as ONNX Runtime takes it, without a copy if it is contiguous."""
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def _bytes(model: onnx.ModelProto, extra_outputs: Sequence[str]) -> bytes:
+    """The model in bytes. Messages appended to each other merge, so that extra outputs need no copy of it."""
+    known = {value.name for value in model.graph.output}
+    patch = onnx.ModelProto()
+    patch.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra_outputs if name not in known)
+    return bytes(model.SerializeToString()) + bytes(patch.SerializeToString())
+
+
+def _port(item: Any) -> Port:
+    kind = re.sub(r"tensor\((.*)\)", r"\1", item.type)
+    names = {"float": "float32", "double": "float64", "string": "object"}
+    return Port(item.name, names.get(kind, kind), tuple(item.shape))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on stdout or in the log from ONNX Runtime itself, whatever it meets."""
+    ort.set_default_logger_severity(_FATAL)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        ort.set_default_logger_severity(_WARNING)
+
+
+def _reason(error: BaseException) -> str:
+    """ONNX Runtime's message without its prefix and paths, in one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"/onnxruntime_src/\S*/", "", text)
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -1,0 +1,469 @@
+"""Learned or still as initialised: what each weight says against the null it was drawn from.
+
+The null of one entry is W = c W0 + jitter: its initial value, shrunk by weight decay, moved by the noise of the
+optimiser. Three kinds of null tell how much is known of it: the initial values themselves (`snapshot`), their
+distribution (`distribution`), or nothing but the weights (`estimated`). Each gives normal scores z [K, N], N(0, 1)
+where training changed nothing. arXiv 2601.15871 states the idea and publishes no criterion; this one is defined in
+docs/statistics.md, where every error rate is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special, stats
+from scipy.linalg import lapack
+
+from onnx_decomp.program import Evidence, Program
+
+Matrix = NDArray[np.float32]
+Vector = NDArray[np.float64]
+Scores = Callable[[Matrix], NDArray[np.floating]]
+"""Normal scores of weights under a distribution."""
+
+LIMIT = 40.0
+"""Scores are clipped here: no decision changes beyond, and z² stays summable in float32."""
+SAMPLE = 1 << 18
+"""Entries that fits look at; their error is then far below the spread of one entry."""
+ATOM = 0.01
+"""Smallest share of entries on one exact value of W/W0 that counts as exact."""
+EXACT = 0.3
+"""Share of exactly unchanged entries from which the rest counts as learned, not as jitter."""
+TOLERANCES = (1e-4, 1e-2)
+"""The plateau on which entries count as frozen, in units of the initial scale (measured: 1e-5 is too tight)."""
+PRECISE = 1e-3
+"""Scale of unchanged entries in the exact case, in units of the initial scale: within the plateau."""
+SLACK = 1.25
+"""Largest c of a distribution null: jitter widens it a little; a scale that is off by two does not pass."""
+MARGIN = 0.03
+"""Practical margin of the fit. Learned entries move the central distance by up to 0.02, a wrong family by 0.06."""
+FORGOTTEN = 0.75
+"""Noise this large against W0 and no trace of W0: the snapshot says nothing about these weights."""
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class NullFit:
+    """c, the scale of an unchanged entry around its null (units of the weights), and whether that is true."""
+
+    shrink: float
+    scale: float
+    fits: bool = True
+    exact: bool = False
+    """Unchanged entries hold exactly c W0 (or 0)."""
+    tolerance: tuple[float, float] = (0.0, 0.0)
+    """Ends of the plateau of tolerances, in units of the weights."""
+
+
+def snapshot_evidence(W: Matrix, W0: Matrix, seed: int = 0) -> Evidence:
+    """Evidence of W [K, N] against its initial values W0 [K, N]."""
+    fit = fit_snapshot(W, W0, seed)
+    z = W0 * np.float32(-fit.shrink)
+    z += W
+    zero = _zeros(W)
+    if zero is not None:
+        z[zero] = 0
+    z /= np.float32(fit.scale)
+    frozen = np.abs(z) <= np.float32(sum(fit.tolerance) / 4 / fit.scale) if fit.exact else None
+    return _evidence("snapshot", z, frozen, fit, seed)
+
+
+def distribution_evidence(W: Matrix, scores: Scores, std: float, seed: int = 0) -> Evidence:
+    """Evidence of W [K, N] against the distribution with the given normal scores and standard deviation."""
+    fit = fit_distribution(W, scores, std, seed)
+    z = np.empty_like(W)
+    for rows in slabs(W):
+        z[rows] = np.clip(scores(W[rows] / np.float32(fit.shrink)), -LIMIT, LIMIT)
+    return _evidence("distribution", z, _zeros(W), fit, seed)
+
+
+def estimated_evidence(W: Matrix, seed: int = 0) -> Evidence:
+    """Evidence of W [K, N] against its own central mode: weaker, and flagged by its kind."""
+    w = _sample(W, seed)
+    lines = two_lines(w[w != 0], None)
+    scale = float(lines.sigma[0]) or 1.0
+    z = W / np.float32(scale)
+    return _evidence("estimated", z, _zeros(W), NullFit(1.0, scale), seed)
+
+
+# --- snapshot: W = c W0 + change ----------------------------------------------------------------------------------
+
+
+def fit_snapshot(W: Matrix, W0: Matrix, seed: int = 0) -> NullFit:
+    """c and the scale of unchanged entries, exact ones first.
+
+    Exact zeros and an atom of W/W0 are unchanged entries. What is left is a mixture of two lines through the
+    origin, W = c W0 + N(0, σ²); the tighter one is the null unless most unchanged entries were exact.
+    """
+    w, w0 = _sample(W, seed).astype(np.float64), _sample(W0, seed).astype(np.float64)
+    size = float(w0.std()) or float(w.std()) or 1.0
+    alive = w != 0
+    share = 1 - float(alive.mean())
+    share = share if share >= ATOM else 0.0
+    c = find_atom(w[alive], w0[alive], size)
+    if c is not None:
+        on_atom = np.abs(w - c * w0) <= TOLERANCES[1] / 3 * size
+        share += float((on_atom & alive).mean())
+        alive &= ~on_atom
+    lines = two_lines(w[alive], w0[alive])
+    forgotten = lines.sigma[0] >= FORGOTTEN * size
+    if share >= EXACT or (share and lines.share[0] == 1.0):
+        c = float(lines.slope[0]) if c is None else c
+        scale = 0.0
+    else:
+        c, scale = (float(lines.slope[0]) if c is None or not forgotten else c), float(lines.sigma[0])
+    c = c if np.isfinite(c) else 1.0
+    coarse = _rounding(W, abs(c) * float(np.abs(w0).max(initial=0)))
+    low = max(TOLERANCES[0] * size, coarse)
+    return NullFit(
+        shrink=c,
+        scale=max(scale, PRECISE * size, coarse),
+        fits=bool(share) or not forgotten or lines.related,
+        exact=bool(share),
+        tolerance=(low, max(TOLERANCES[1] * size, 4 * low)),
+    )
+
+
+def find_atom(w: Vector, w0: Vector, size: float) -> float | None:
+    """The value of w/w0 that a set of entries share exactly, or None.
+
+    The densest window of sorted ratios is an atom if it holds a share of ATOM, and three times what its
+    neighbourhood, twenty times as wide, would put there.
+    """
+    ratio = np.sort((w / np.where(w0 == 0, np.inf, w0))[np.abs(w0) > 0.1 * size])
+    if len(ratio) < 100:
+        return None
+    width = np.maximum(2e-3 * np.abs(ratio), 1e-5)
+    count = np.searchsorted(ratio, ratio + width) - np.arange(len(ratio))
+    best = int(count.argmax())
+    inside = ratio[best : best + count[best]]
+    around = float(np.median(inside))
+    near = np.diff(np.searchsorted(ratio, [around - 10 * width[best], around + 10 * width[best]]))[0]
+    smooth = (near - count[best]) / 19
+    if count[best] < max(ATOM * len(ratio), 3 * smooth, 20):
+        return None
+    tight = inside[np.abs(inside - around) <= 2 * np.median(np.abs(inside - around)) + 1e-7]
+    return float(np.median(tight))
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Mixture of two lines w = slope w0 + N(0, sigma²), the tighter one first; one line has share (1, 0)."""
+
+    slope: Vector
+    sigma: Vector
+    share: Vector
+    related: bool
+    """A slope differs from zero: w0 left a trace in w."""
+
+
+def two_lines(w: NDArray[np.floating], w0: NDArray[np.floating] | None) -> Lines:
+    """Maximum likelihood by EM from several starts; the second line must earn its place (BIC). w, w0: [n]."""
+    w = w.astype(np.float64)
+    base = np.zeros_like(w) if w0 is None else w0.astype(np.float64)
+    if len(w) < 20 or not w.any():
+        return Lines(np.zeros(2), np.full(2, float(w.std()) if len(w) else 0.0), np.array([1.0, 0.0]), False)
+    one = _em(w, base, np.zeros((1, len(w))), 1)
+    starts = [0.0] if w0 is None else [0.0, 1.0, float(one[0][0])]
+    few = slice(0, 20_000)
+    trials = []
+    for c in starts:
+        distance = np.abs(w - c * base)
+        near = distance < np.median(distance)
+        hard = np.where(np.stack([near, ~near]), 0.0, -3.0)
+        slope, sigma, share, _ = _em(w[few], base[few], hard[:, few], 40)
+        trials.append(_em(w, base, _log_density(w, base, slope, sigma, share), 3))
+    start = max(trials, key=lambda trial: trial[3])
+    two = _em(w, base, _log_density(w, base, *start[:3]), 40)
+    gain = two[3] - one[3]
+    chosen = two if gain > 2.5 * np.log(len(w)) and two[2].min() > 0.005 else one
+    slope, sigma, share, _ = chosen
+    weight = np.exp(_normalised(_log_density(w, base, slope, sigma, share)))
+    square = ((slope / sigma) ** 2 * (weight @ base**2)).sum()
+    order = np.argsort(sigma)
+    parts = [np.resize(part[order], 2) for part in (slope, sigma, share)]
+    if chosen is one:
+        parts[2] = np.array([1.0, 0.0])
+    related = bool(stats.chi2.sf(square, len(order)) < 0.005 and slope[order[0]] > -0.1)
+    return Lines(parts[0], parts[1], parts[2], related)
+
+
+def _em(w: Vector, w0: Vector, log_start: Vector, steps: int) -> tuple[Vector, Vector, Vector, float]:
+    """Steps of EM from log responsibilities [lines, n], up to a constant: slopes, sigmas, shares, likelihood."""
+    log_density = log_start
+    floor = 1e-6 * float(np.abs(w).mean()) + 1e-30
+    for _ in range(steps):
+        weight = np.exp(_normalised(log_density))
+        mass = weight.sum(1) + 1e-9
+        slope = (weight @ (w * w0)) / (weight @ (w0 * w0) + 1e-30)
+        sigma = np.maximum(np.sqrt((weight * (w - slope[:, None] * w0) ** 2).sum(1) / mass), floor)
+        log_density = _log_density(w, w0, slope, sigma, mass / len(w))
+    return slope, sigma, mass / len(w), float(special.logsumexp(log_density, axis=0).sum())
+
+
+def _log_density(w: Vector, w0: Vector, slope: Vector, sigma: Vector, share: Vector) -> Vector:
+    z = (w - slope[:, None] * w0) / sigma[:, None]
+    log_density: Vector = -0.5 * z * z + np.log(share / sigma / np.sqrt(2 * np.pi))[:, None]
+    return log_density
+
+
+def _normalised(log_density: Vector) -> Vector:
+    normalised: Vector = log_density - special.logsumexp(log_density, axis=0)
+    return normalised
+
+
+# --- distribution: |W| is a mixture of |c W0| and something wider -------------------------------------------------
+
+
+def fit_distribution(W: Matrix, scores: Scores, std: float, seed: int = 0) -> NullFit:
+    """c by maximum likelihood on |W| in 128 bins of equal count; c = 1 unless the weights say otherwise."""
+    w = np.abs(_sample(W, seed))
+    exact = float((w == 0).mean()) >= ATOM
+    w = w[w > 0]
+    if len(w) < 100:
+        return NullFit(1.0, std, exact=exact)
+    edges = np.quantile(w, np.linspace(0, 1, 129)[1:-1]).astype(np.float32)
+    grid = np.append(np.geomspace(0.005, 3, 80), 1.0)
+    c, likelihood, share = _best_shrink(w, edges, grid, scores, std)
+    fine = np.append(c * np.geomspace(0.93, 1.07, 41), 1.0)
+    c, likelihood, share = _best_shrink(w, edges, fine, scores, std)
+    fits = exact or (share > 0.02 and c <= SLACK)
+    return NullFit(min(c, SLACK), min(c, SLACK) * std, fits, exact)
+
+
+def _best_shrink(
+    w: Matrix, edges: Matrix, grid: Vector, scores: Scores, std: float
+) -> tuple[float, float, float]:
+    """The c of a grid under which |w| is best a mixture of the shrunk null and a wider normal: EM for each c.
+
+    Returns c, its log likelihood and the share of the null. The last c of the grid (1) wins near ties.
+    """
+    bins = np.searchsorted(edges, w)
+    count = np.bincount(bins, minlength=len(edges) + 1).astype(np.float64)
+    square = np.bincount(bins, w.astype(np.float64) ** 2, len(edges) + 1) / np.maximum(count, 1)
+    at = np.abs(scores((edges / grid[:, None]).astype(np.float32)).astype(np.float64))
+    null = np.diff(2 * special.ndtr(at) - 1, axis=1, prepend=0, append=1)
+    share, wide = np.full(len(grid), 0.5), np.maximum(1.5 * grid * std, float(w.std()))
+    for _ in range(100):
+        learned = np.diff(2 * special.ndtr(edges / wide[:, None]) - 1, axis=1, prepend=0, append=1)
+        mixed = share[:, None] * null + (1 - share)[:, None] * learned + 1e-12
+        mass = count * (share[:, None] * null / mixed)
+        share = mass.sum(1) / count.sum()
+        rest = count - mass
+        wide = np.maximum(np.sqrt((rest * square).sum(1) / (rest.sum(1) + 1e-9)), 1.1 * grid * std)
+    likelihood = (count * np.log(mixed)).sum(1)
+    best = int(likelihood.argmax())
+    if likelihood[-1] > likelihood[best] - 4:
+        best = len(grid) - 1
+    return float(grid[best]), float(likelihood[best]), float(share[best])
+
+
+# --- what the scores say ------------------------------------------------------------------------------------------
+
+
+def central_distance(z: Matrix) -> float:
+    """Kolmogorov-Smirnov distance of |z| from |N(0, 1)|, both below 1: what was learned lies mostly beyond."""
+    inner = np.abs(z[(np.abs(z) < 1) & (z != 0)])
+    if len(inner) < 100:
+        return 0.0
+    return float(stats.kstest(special.erf(inner / np.sqrt(2)) / special.erf(np.sqrt(0.5)), "uniform").statistic)
+
+
+def entry_p_values(z: NDArray[np.floating]) -> Vector:
+    """Two-sided p-values of normal scores."""
+    p: Vector = 2 * special.ndtr(-np.abs(z, dtype=np.float64))
+    return p
+
+
+def supported(p: Vector) -> NDArray[np.bool_]:
+    """Which hypotheses Benjamini and Hochberg (1995) reject at false discovery rate LEVEL."""
+    rejected: NDArray[np.bool_] = stats.false_discovery_control(np.clip(p, 0, 1)) <= LEVEL
+    return rejected
+
+
+@dataclass(frozen=True)
+class SetTests:
+    """p-values of sums of z² against χ² with as many degrees of freedom as entries."""
+
+    rows: Vector
+    cols: Vector
+    tiles: Vector
+    """[K/side, N/side]; tiles at the border are smaller."""
+
+
+def set_tests(z: Matrix, side: int = 32) -> SetTests:
+    """Row, column and tile tests of z [K, N]."""
+    K, N = z.shape
+    rows, strips = np.empty(K), []
+    for part in slabs(z, side):
+        square = z[part].astype(np.float32) ** 2
+        rows[part] = square.sum(1, dtype=np.float64)
+        strips.append(np.add.reduceat(square, np.arange(0, len(square), side), axis=0, dtype=np.float64))
+    strip = np.concatenate(strips)
+    tiles = np.add.reduceat(strip, np.arange(0, N, side), axis=1)
+    heights, widths = (np.diff(np.append(np.arange(0, n, side), n)) for n in (K, N))
+    p = stats.chi2.sf
+    return SetTests(p(rows, N), p(strip.sum(0), K), p(tiles, np.outer(heights, widths)))
+
+
+def learned_rank(z: Matrix) -> int:
+    """Singular values of z [K, N] above the Marchenko-Pastur edge √K + √N of pure noise.
+
+    Counted, not computed: by Sylvester's law the eigenvalues of the Gram matrix above t are the positive pivots of
+    the LDLᵀ factorisation of Gram - t (Bunch and Kaufman: each 2x2 pivot holds one positive and one negative).
+    """
+    small = z if z.shape[0] <= z.shape[1] else z.T
+    edge = np.sqrt(z.shape[0]) + np.sqrt(z.shape[1])
+    gram = np.zeros((len(small), len(small)), np.float32)
+    for start in range(0, small.shape[1], 1024):
+        part = small[:, start : start + 1024]
+        gram += part @ part.T
+    # Finite-size fluctuations of the largest noise eigenvalue (Tracy-Widom): three of their scales to the edge.
+    fluctuation = edge * (1 / np.sqrt(z.shape[0]) + 1 / np.sqrt(z.shape[1])) ** (1 / 3)
+    gram[np.diag_indices_from(gram)] -= np.float32(edge**2 + 3 * fluctuation)
+    factor, pivots, _ = lapack.ssytrf(gram.T, lower=1, overwrite_a=1)
+    single = pivots > 0
+    return int((np.diagonal(factor)[single] > 0).sum() + (~single).sum() // 2)
+
+
+def holm(p: Vector) -> Vector:
+    """Family-wise adjusted p-values (Holm 1979), of any shape."""
+    order = np.argsort(p, axis=None)
+    steps = p.ravel()[order] * np.arange(p.size, 0, -1)
+    adjusted = np.empty(p.size)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return adjusted.reshape(p.shape)
+
+
+@dataclass(frozen=True)
+class PairTests:
+    """Block pairs of one layer: all [G, G], rows x columns."""
+
+    p: Vector
+    """Off-diagonal: p-value that the block's mean z² exceeds that of the other off-diagonal blocks; diagonal: 1."""
+    level: Vector
+    """Mean z² of each block (0 where empty)."""
+
+
+def block_pair_tests(
+    z: Matrix, row_labels: NDArray[np.int32], col_labels: NDArray[np.int32], G: int
+) -> PairTests:
+    """Does an off-diagonal block, as a set, beat the pool of the other ones?
+
+    Both sums of z² are scaled χ² whatever the scale of the jitter, so their ratio is F(m, M - m). Heavier tails
+    than normal only make a χ² of fewer degrees: m is divided by (kurtosis - 1)/2 of the pool (Box 1953).
+    """
+    row, col = one_hot(row_labels, G), one_hot(col_labels, G)
+    total, fourth = np.zeros((G, G)), np.zeros((G, G))
+    for part in slabs(z):
+        square = z[part] ** 2
+        total += row[part].T @ (square @ col)
+        square *= square
+        fourth += row[part].T @ (square @ col)
+    m = np.outer(row.sum(0, dtype=np.float64), col.sum(0, dtype=np.float64))
+    off = ~np.eye(G, dtype=bool)
+    pool, entries = total[off].sum(), m[off].sum()
+    kurtosis = fourth[off].sum() * entries / max(pool**2, 1e-30)
+    dilution = max((kurtosis - 1) / 2, 1.0)
+    level = total / np.maximum(m, 1)
+    rest = (pool - total) / np.maximum(entries - m, 1)
+    ratio = level / np.maximum(rest, 1e-12)
+    p = stats.f.sf(ratio, np.maximum(m, 1) / dilution, np.maximum(entries - m, 1) / dilution)
+    return PairTests(np.where(off & (m > 0) & (entries > m), p, 1.0), level)
+
+
+def one_hot(labels: NDArray[np.int32], G: int) -> Matrix:
+    """Membership [n, G] of labels [n]; DROPPED belongs nowhere."""
+    return (labels[:, None] == np.arange(G)).astype(np.float32)
+
+
+def slabs(z: Matrix, multiple: int = 1) -> Iterator[slice]:
+    """Consecutive row slices of about a million entries, so that temporaries stay small."""
+    height = max(1, (1 << 20) // max(z.shape[1], 1) // multiple) * multiple
+    return (slice(start, min(start + height, len(z))) for start in range(0, len(z), height))
+
+
+def _evidence(
+    kind: Literal["snapshot", "distribution", "estimated"],
+    z: Matrix,
+    frozen: NDArray[np.bool_] | None,
+    fit: NullFit,
+    seed: int,
+) -> Evidence:
+    np.clip(z, -LIMIT, LIMIT, out=z)
+    sets, sample = set_tests(z), _sample(z, seed)
+    misfit = central_distance(sample)
+    sampling = 1.63 / np.sqrt(len(sample))
+    misfits = kind == "distribution" and frozen is None and misfit > MARGIN + sampling
+    return Evidence(
+        kind=kind,
+        z=z,
+        frozen=frozen,
+        shrink=fit.shrink,
+        scale=fit.scale,
+        fits=fit.fits and not misfits,
+        misfit=misfit,
+        supported=float(supported(entry_p_values(sample)).mean()),
+        learned_rank=learned_rank(z),
+        summary={
+            "supported_rows": float(supported(sets.rows).mean()),
+            "supported_cols": float(supported(sets.cols).mean()),
+            "supported_tiles": float(supported(sets.tiles.ravel()).mean()),
+            "frozen": 0.0 if frozen is None else float(frozen.mean()),
+            "frozen_low": fit.tolerance[0] / fit.scale,
+            "frozen_high": fit.tolerance[1] / fit.scale,
+        },
+    )
+
+
+def _sample(array: Matrix, seed: int) -> Matrix:
+    """At most SAMPLE entries [n], the same ones for arrays of one shape."""
+    flat = array.reshape(-1)
+    if flat.size <= SAMPLE:
+        return flat
+    return flat[np.random.default_rng(seed).integers(0, flat.size, SAMPLE)]
+
+
+def _zeros(W: Matrix) -> NDArray[np.bool_] | None:
+    """Entries that vanished exactly, where they are more than an accident."""
+    zero = W == 0
+    return zero if zero.mean() >= ATOM else None
+
+
+def _rounding(W: Matrix, size: float) -> float:
+    """Rounding of weights of a size that were stored as float16; 0 for float32."""
+    some = W[:64].reshape(-1)
+    half = some.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), some):
+        return 0.0
+    return float(np.spacing(np.float16(min(size, 6e4))))
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """Fills `program.evidence` for every site that can be rewritten; declines those whose null does not fit."""
+
+    name: str = "criterion"
+
+    def run(self, program: Program) -> None:
+        for site in program.sites:
+            if site.obstacle is not None:
+                continue
+            W = program.affine(site).weight
+            null = None if program.init is None else program.init.nulls.get(site.index)
+            seed = program.options.seed
+            if null is None:
+                found = estimated_evidence(W, seed)
+            elif null.kind == "snapshot":
+                found = snapshot_evidence(W, null.initial(), seed)
+            else:
+                found = distribution_evidence(W, null.normal_scores, null.std, seed)
+            program.evidence[site.index] = found
+            if not found.fits:
+                program.decide(
+                    self.name, site, "declined", "null-does-not-fit", misfit=found.misfit, shrink=found.shrink
+                )
