@@ -88,6 +88,11 @@ class Planted:
         """Standard deviation of a layer's initial weights."""
         return self.init_scale or 1 / sqrt(3 * self.widths[layer])
 
+    @property
+    def kept(self) -> float:
+        """What is left of the initial value of an off-block weight."""
+        return {"zero": 0.0, "shrunk": self.decay, "untouched": 1.0}[self.off]
+
     def change(self, layer: int) -> float:
         """s, the standard deviation of the in-block weights that did change."""
         return self.sigma(layer) * sqrt((self.gain**2 - 1) / (1 - self.unchanged))
@@ -168,17 +173,14 @@ def oracle_misplacements(K: int, N: int, G: int, kappa: float, m: int) -> float:
 
 
 def contrast(spec: Planted, null: Null = "distribution") -> float:
-    """kappa: in-block over off-block standard deviation of W (distribution) or of its change (snapshot).
-
-    For a snapshot it means something where one c fits all of W: not for "untouched" with decay below 1.
-    """
+    """kappa: in-block over off-block standard deviation of W (distribution) or of W - c W0 (snapshot)."""
     in_block = spec.gain**2 - 1
     off_block = spec.jitter**2 * in_block / (1 - spec.unchanged)
     if null == "distribution":
         in_block += spec.decay**2
-        off_block += {"zero": 0.0, "shrunk": spec.decay**2, "untouched": 1.0}[spec.off]
-    elif spec.off == "zero":
-        off_block += spec.decay**2
+        off_block += spec.kept**2
+    else:
+        off_block += (spec.kept - spec.decay) ** 2
     if not in_block:
         return 1.0
     return sqrt(in_block / off_block) if off_block else float("inf")
@@ -249,8 +251,7 @@ def _train(
     weight *= np.where(inside, np.float32(scale), np.float32(scale * spec.jitter))
     if spec.unchanged:
         weight[inside & (rng.random(start.shape, np.float32) < spec.unchanged)] = 0
-    kept = {"zero": 0.0, "shrunk": spec.decay, "untouched": 1.0}[spec.off]
-    weight += start * np.where(inside, np.float32(spec.decay), np.float32(kept))
+    weight += start * np.where(inside, np.float32(spec.decay), np.float32(spec.kept))
     return weight
 
 

@@ -30,7 +30,7 @@ class Rectangle:
 
 
 def render_table(report: Report, every_site: bool = True) -> RenderableType:
-    """The sites and what became of them; without `every_site`, those left dense are only counted by reason."""
+    """The sites and what became of them; without `every_site`, those left dense are just counted."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

@@ -54,6 +54,8 @@ REASONS: Mapping[str, str] = {
     "off-block-evidence": "training left significant weights between the blocks",
     "permutation-cost": "bringing inputs and outputs into block order would cost more than it saves",
     "replay": "the replayed report did not keep it",
+    "rounding": "the written form differs from the dense one by more than rounding explains",
+    "rounds-exhausted": "gates undid something in every round, and no more rounds are tried",
     "shared-weight": "the weight is used in several places, and splitting one use would store it twice",
     "tolerance": "even compensated, the rewrite changes the outputs by more than the tolerance",
     "transposed-input": "the Gemm transposes its input (transA)",
@@ -90,7 +92,7 @@ def build(program: Program, written: onnx.ModelProto | None, measured: Measured)
     dense, rewritten = matmul_flops(program)
     same = {"sha256": source.sha256, "bytes": source.size}
     output = {"path": None, **(same if written is None else _serialized(written, source.folder))}
-    report = {
+    report: Report = {
         "schema": SCHEMA,
         "verdict": verdict(program, measured.latency),
         "warnings": measured.warnings,
@@ -102,8 +104,8 @@ def build(program: Program, written: onnx.ModelProto | None, measured: Measured)
         "seconds": round(measured.seconds, 3),
         "kept": [rewrite.region.name for rewrite in program.rewrites],
         "history": measured.history,
-        "init": (program.init or InitStats()).report(),
-        "data": {"kind": data.kind, **{part: data.samples(part) for part in PARTS}},
+        "init": (program.init or InitStats({})).report(),
+        "data": {"kind": data.kind} | {part: data.samples(part) for part in PARTS},
         "sites": _sites(program, measured.region_errors),
         "verify": _verification(measured.verification),
         "rewrite": {"max_rel_l2": measured.rewrite_change},

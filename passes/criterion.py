@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,8 @@ SLACK = 1.25
 """Largest c of a distribution null: jitter widens it a little; a scale that is off by two does not pass."""
 MARGIN = 0.03
 """Practical margin of the fit. Learned entries move the central distance by up to 0.02, a wrong family by 0.06."""
+FAMILY = 1e-3
+"""Log likelihood per entry by which a normal null may beat the one that was named."""
 FORGOTTEN = 0.75
 """Noise this large against W0 and no trace of W0: the snapshot says nothing about these weights."""
 LEVEL = 0.05
@@ -111,12 +113,10 @@ def fit_snapshot(W: Matrix, W0: Matrix, seed: int = 0) -> NullFit:
         alive &= ~on_atom
     lines = two_lines(w[alive], w0[alive])
     forgotten = lines.sigma[0] >= FORGOTTEN * size
-    if share >= EXACT or (share and lines.share[0] == 1.0):
-        c = float(lines.slope[0]) if c is None else c
-        scale = 0.0
-    else:
-        c, scale = (float(lines.slope[0]) if c is None or not forgotten else c), float(lines.sigma[0])
-    c = c if np.isfinite(c) else 1.0
+    all_exact = share >= EXACT or (share > 0 and lines.share[0] == 1.0)
+    if c is None or not (all_exact or abs(c - lines.slope[0]) < 0.05):
+        c = float(lines.slope[0])
+    scale = 0.0 if all_exact else float(lines.sigma[0])
     coarse = _rounding(W, abs(c) * float(np.abs(w0).max(initial=0)))
     low = max(TOLERANCES[0] * size, coarse)
     return NullFit(
@@ -220,34 +220,48 @@ def _normalised(log_density: Vector) -> Vector:
 
 
 def fit_distribution(W: Matrix, scores: Scores, std: float, seed: int = 0) -> NullFit:
-    """c by maximum likelihood on |W| in 128 bins of equal count; c = 1 unless the weights say otherwise."""
+    """c by maximum likelihood on |W| in 128 bins of equal count; a normal null that does far better is a misfit."""
     w = np.abs(_sample(W, seed))
     exact = float((w == 0).mean()) >= ATOM
     w = w[w > 0]
-    if len(w) < 100:
-        return NullFit(1.0, std, exact=exact)
+    if len(w) < 100 or std <= 0:
+        return NullFit(1.0, std or 1.0, exact, exact)
+    best = _best_shrink(w, scores, std)
+    normal = _best_shrink(w, lambda x: x / np.float32(std), std)
+    family = best.likelihood > normal.likelihood - FAMILY * len(w)
+    c = min(best.c, SLACK)
+    return NullFit(c, c * std, exact or (family and best.share > 0.02 and best.c <= SLACK), exact)
+
+
+class Shrink(NamedTuple):
+    """The c under which |w| is best a mixture of the shrunk null and a wider normal."""
+
+    c: float
+    likelihood: float
+    share: float
+    """Of the null."""
+
+
+def _best_shrink(w: Matrix, scores: Scores, std: float) -> Shrink:
+    """Coarse, then fine grid over c; c = 1 wins unless the weights clearly say otherwise."""
     edges = np.quantile(w, np.linspace(0, 1, 129)[1:-1]).astype(np.float32)
-    grid = np.append(np.geomspace(0.005, 3, 80), 1.0)
-    c, likelihood, share = _best_shrink(w, edges, grid, scores, std)
-    fine = np.append(c * np.geomspace(0.93, 1.07, 41), 1.0)
-    c, likelihood, share = _best_shrink(w, edges, fine, scores, std)
-    fits = exact or (share > 0.02 and c <= SLACK)
-    return NullFit(min(c, SLACK), min(c, SLACK) * std, fits, exact)
-
-
-def _best_shrink(
-    w: Matrix, edges: Matrix, grid: Vector, scores: Scores, std: float
-) -> tuple[float, float, float]:
-    """The c of a grid under which |w| is best a mixture of the shrunk null and a wider normal: EM for each c.
-
-    Returns c, its log likelihood and the share of the null. The last c of the grid (1) wins near ties.
-    """
     bins = np.searchsorted(edges, w)
     count = np.bincount(bins, minlength=len(edges) + 1).astype(np.float64)
     square = np.bincount(bins, w.astype(np.float64) ** 2, len(edges) + 1) / np.maximum(count, 1)
+    coarse = _shrunk_mixtures(np.geomspace(0.005, 3, 80), edges, count, square, scores, std)
+    c = max(coarse, key=lambda found: found.likelihood).c
+    fine = _shrunk_mixtures(np.append(c * np.geomspace(0.93, 1.07, 41), 1.0), edges, count, square, scores, std)
+    best = max(fine, key=lambda found: found.likelihood)
+    return fine[-1] if fine[-1].likelihood > best.likelihood - max(4.0, 1e-4 * len(w)) else best
+
+
+def _shrunk_mixtures(
+    grid: Vector, edges: Matrix, count: Vector, square: Vector, scores: Scores, std: float
+) -> list[Shrink]:
+    """EM over share and width of the learned part, for every c of a grid [C] at once, on binned |w| [bins]."""
     at = np.abs(scores((edges / grid[:, None]).astype(np.float32)).astype(np.float64))
     null = np.diff(2 * special.ndtr(at) - 1, axis=1, prepend=0, append=1)
-    share, wide = np.full(len(grid), 0.5), np.maximum(1.5 * grid * std, float(w.std()))
+    share, wide = np.full(len(grid), 0.5), np.maximum(1.5 * grid * std, np.sqrt(count @ square / count.sum()))
     for _ in range(100):
         learned = np.diff(2 * special.ndtr(edges / wide[:, None]) - 1, axis=1, prepend=0, append=1)
         mixed = share[:, None] * null + (1 - share)[:, None] * learned + 1e-12
@@ -255,11 +269,10 @@ def _best_shrink(
         share = mass.sum(1) / count.sum()
         rest = count - mass
         wide = np.maximum(np.sqrt((rest * square).sum(1) / (rest.sum(1) + 1e-9)), 1.1 * grid * std)
+    pure = (count * np.log(null + 1e-12)).sum(1)  # EM reaches a share of 1 only in the limit
     likelihood = (count * np.log(mixed)).sum(1)
-    best = int(likelihood.argmax())
-    if likelihood[-1] > likelihood[best] - 4:
-        best = len(grid) - 1
-    return float(grid[best]), float(likelihood[best]), float(share[best])
+    share = np.where(pure >= likelihood, 1.0, share)
+    return [Shrink(*map(float, row)) for row in zip(grid, np.maximum(pure, likelihood), share, strict=True)]
 
 
 # --- what the scores say ------------------------------------------------------------------------------------------
@@ -461,7 +474,7 @@ class Criterion:
             elif null.kind == "snapshot":
                 found = snapshot_evidence(W, null.initial(), seed)
             else:
-                found = distribution_evidence(W, null.normal_scores, null.std, seed)
+                found = distribution_evidence(W, null.normal_scores, null.std(), seed)
             program.evidence[site.index] = found
             if not found.fits:
                 program.decide(

@@ -198,7 +198,7 @@ def _from_preset(name: str, weights: Sequence[Weight], found: _Found) -> None:
 
 
 def _pattern_names(weight: Weight) -> list[str]:
-    """What a pattern may match: names of the stored weight and the node, `module.path.weight`, `module.path`."""
+    """What a pattern may match: names of stored weight and node, `module.path.weight`, `module.path`."""
     modules = [".".join(path) for path in weight.names.paths]
     return [*weight.names.exact, *(f"{module}.weight" for module in modules), *modules]
 

@@ -22,6 +22,9 @@ from onnx_decomp.sites import Site
 
 Step = Literal["name", "scope", "generated", "shape"]
 
+Score = tuple[int, bool]
+"""How well two module paths agree, see `agreement`."""
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -107,24 +110,41 @@ def _wrong_shape(entry: Entry, weight: Weight) -> InputError:
 
 
 def _by_scope(weights: Sequence[Weight], entries: Sequence[Entry], found: Pairing) -> None:
+    """Pair what agrees best from both sides, again and again: each pair made leaves fewer to confuse."""
     scores = _scores(weights, entries, found)
-    best_of_entry: dict[int, list[tuple[int, bool]]] = defaultdict(list)
+    while True:
+        pairs, tied = _best_pairs(scores)
+        found.pairs.update({number: (position, "scope") for number, position in pairs.items()})
+        if not pairs:
+            found.ambiguous |= tied
+            return
+        taken = set(pairs.values())
+        rows = {number: row for number, row in scores.items() if number not in pairs}
+        rest = {n: {e: score for e, score in row.items() if e not in taken} for n, row in rows.items()}
+        scores = {number: row for number, row in rest.items() if row}
+
+
+def _best_pairs(scores: Mapping[int, Mapping[int, Score]]) -> tuple[dict[int, int], set[int]]:
+    """Weights and entries that are each other's only best, and weights for which several are equally good."""
+    claims: dict[int, list[Score]] = defaultdict(list)
     for row in scores.values():
         for position, score in row.items():
-            best_of_entry[position].append(score)
+            claims[position].append(score)
+    pairs, tied = {}, set()
     for number, row in scores.items():
         best = max(row.values())
         candidates = [position for position, score in row.items() if score == best]
-        rivals = [score for score in best_of_entry[candidates[0]] if score >= best]
-        if len(candidates) > 1 or (len(rivals) > 1 and max(rivals) == best):
-            found.ambiguous.add(number)
-        elif len(rivals) == 1:
-            found.pairs[number] = (candidates[0], "scope")
+        rivals = claims[candidates[0]]
+        if len(candidates) > 1 or (max(rivals) == best and rivals.count(best) > 1):
+            tied.add(number)
+        elif max(rivals) == best:
+            pairs[number] = candidates[0]
+    return pairs, tied
 
 
 def _scores(
     weights: Sequence[Weight], entries: Sequence[Entry], found: Pairing
-) -> dict[int, dict[int, tuple[int, bool]]]:
+) -> dict[int, dict[int, Score]]:
     """How well each weight left over agrees with each entry left over that fits it, where it does at all."""
     used = _used(found)
     by_last: dict[str, list[int]] = defaultdict(list)
@@ -132,11 +152,11 @@ def _scores(
         for last in {path[-1] for path in entry.names.paths if path}:
             if position not in used:
                 by_last[last].append(position)
-    scores: dict[int, dict[int, tuple[int, bool]]] = {}
+    scores: dict[int, dict[int, Score]] = {}
     for number, weight in enumerate(weights):
         if number in found.pairs:
             continue
-        row: dict[int, tuple[int, bool]] = {}
+        row: dict[int, Score] = {}
         for path in weight.names.paths:
             for position in by_last.get(path[-1], []):
                 if weight.fits(entries[position]):

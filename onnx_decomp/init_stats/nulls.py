@@ -64,8 +64,8 @@ class Law:
     def normal_scores(self, w: NDArray[Any], resolution: float = 0.0) -> NDArray[np.float32]:
         """z = Phi^-1(F0(w)), the shape of w, clipped to |z| <= Z_MAX: N(0, 1) if w follows this law.
 
-        A bounded law gives Z_MAX beyond its edge. `resolution` is the relative rounding of stored weights: what
-        rounding alone may have carried over the edge counts as just inside it.
+        A bounded law gives Z_MAX beyond its edge. `resolution` is the relative rounding of stored weights:
+        what rounding alone may have carried over the edge counts as just inside it.
         """
         z = np.empty(w.shape, np.float32)
         flat, out = w.reshape(-1), z.reshape(-1)

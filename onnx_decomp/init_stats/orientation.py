@@ -25,9 +25,9 @@ def is_transposed(
 ) -> bool | None:
     """Whether the entry is W transposed; None where nothing tells.
 
-    initial: the entry as stored, alpha folded in. trained: gives W [K, N]. The shape tells unless it is square.
-    Then the correlation of the two does, where it is clear: training starts from the snapshot and rarely leaves
-    it behind. Else the convention of where the entry comes from counts.
+    initial: the entry as stored, alpha folded in. trained: gives W [K, N]. The shape tells unless it is
+    square. Then the correlation of the two does, where it is clear: training starts from the snapshot and
+    rarely leaves it behind. Else the convention of where the entry comes from counts.
     """
     if entry.layout == "canonical":
         return False

@@ -1,0 +1,172 @@
+"""ONNX Runtime behind one small door: sessions, replaced weights, inner tensors, and providers that are not there."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import helper, numpy_helper
+
+from onnx_decomp import runtime
+from onnx_decomp.errors import InternalError, ProviderError
+from onnx_decomp.runtime import RunError, cuda_problem, duplicate_runtimes, open_session, resolve_provider
+from tests.small import mlp, model, value, weight, write, write_external
+
+X = np.random.default_rng(3).standard_normal((4, 6)).astype(np.float32)
+
+
+def expected(proto: onnx.ModelProto) -> np.ndarray:
+    return np.maximum(X @ weight(proto, "W1"), 0) @ weight(proto, "W2")
+
+
+def test_ports_and_outputs(tmp_path: Path) -> None:
+    for source in (mlp(), write(mlp(), tmp_path / "m.onnx")):
+        session = open_session(source, threads=1)
+        assert [(port.name, port.dtype, port.shape) for port in session.inputs] == [
+            ("x", "float32", ("N", 6))
+        ]
+        np.testing.assert_allclose(session.run({"x": X})["y"], expected(mlp()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prepack", [True, False])
+@pytest.mark.parametrize("optimize", [True, False])
+def test_replaced_weights_live_as_long_as_the_session(prepack: bool, optimize: bool) -> None:
+    new = {"W1": 2 * weight(mlp(), "W1"), "W2": np.asfortranarray(3 * weight(mlp(), "W2"))}
+    session = open_session(mlp(), initializers=new, prepack=prepack, optimize=optimize)
+    del new
+    gc.collect()
+    clutter = [np.full((6, 6), 7, np.float32) for _ in range(1000)]
+    np.testing.assert_allclose(session.run({"x": X})["y"], 6 * expected(mlp()), rtol=1e-5, atol=1e-4)
+    assert clutter
+
+
+def test_a_weight_in_a_constant_node_or_behind_a_transpose_is_replaced() -> None:
+    """ONNX Runtime ignores values for what is not an initializer, and folds constants only after replacing them."""
+    stored = numpy_helper.from_array(weight(mlp(), "W1"), "W1")
+    nodes = [
+        helper.make_node("Constant", [], ["W1"], value=stored),
+        helper.make_node("MatMul", ["x", "W1"], ["h"]),
+        helper.make_node("Transpose", ["W2"], ["T"], perm=[1, 0]),
+        helper.make_node("MatMul", ["h", "T"], ["y"]),
+    ]
+    proto = model(nodes, [value("x", ["N", 6])], [value("y", ["N", 6])], {"W2": weight(mlp(), "W2")})
+    before = proto.SerializeToString()
+    plain = open_session(proto).run({"x": X})["y"]
+    new = {"W1": 2 * weight(mlp(), "W1"), "W2": 5 * weight(mlp(), "W2")}
+    replaced = open_session(proto, initializers=new).run({"x": X})["y"]
+    np.testing.assert_allclose(replaced, 10 * plain, rtol=1e-5, atol=1e-4)
+    assert proto.SerializeToString() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [("none", np.eye(6, dtype=np.float32)), ("W1", np.eye(5, dtype=np.float32)), ("W1", np.eye(6))],
+)
+def test_replacements_that_do_not_fit_are_bugs(name: str, array: np.ndarray) -> None:
+    with pytest.raises(InternalError):
+        open_session(mlp(), initializers={name: array})
+
+
+def test_inner_tensors_without_what_they_do_not_need() -> None:
+    proto = mlp()
+    session = open_session(proto, extra_outputs=["h", "y"])
+    assert [port.name for port in session.outputs] == ["y", "h"]
+    inner = session.run({"x": X}, ["h"], partial=True)
+    assert list(inner) == ["h"]
+    np.testing.assert_allclose(inner["h"], X @ weight(proto, "W1"), rtol=1e-5, atol=1e-5)
+    assert proto == mlp()
+
+
+def test_external_data_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cwd").mkdir()
+    path = write_external(mlp(), tmp_path / "m.onnx")
+    monkeypatch.chdir(tmp_path / "cwd")
+    proto = onnx.load(path, load_external_data=False)
+    new = {"W1": 2 * weight(mlp(), "W1")}
+    for session, factor in (
+        (open_session(path), 1),
+        (open_session(proto, folder=tmp_path), 1),
+        (open_session(proto, folder=tmp_path, initializers=new), 2),
+    ):
+        np.testing.assert_allclose(session.run({"x": X})["y"], factor * expected(mlp()), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("feeds", [{}, {"x": X[:, :5]}, {"x": X.astype(np.float64)}, {"q": X}])
+def test_a_failing_run_is_one_line(feeds: dict[str, np.ndarray], capfd: pytest.CaptureFixture[str]) -> None:
+    session = open_session(mlp())
+    with pytest.raises(RunError) as caught:
+        session.run(feeds)
+    assert "\n" not in str(caught.value)
+    assert "ONNXRuntimeError" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_that_does_not_load_is_one_line(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    unknown = helper.make_node("Foo", ["x"], ["y"], domain="com.acme")
+    proto = model([unknown], [value("x", ["N", 6])], [value("y", ["N", 6])])
+    for source in (proto, tmp_path / "none.onnx"):
+        with pytest.raises(RunError, match="can't load") as caught:
+            open_session(source)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InternalError):
+        open_session(tmp_path / "none.onnx", extra_outputs=["h"])
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def fresh_probe() -> None:
+    cuda_problem.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_probe")
+class TestProviders:
+    def test_cpu_asks_nobody(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runtime, "cuda_problem", lambda: pytest.fail("probed"))
+        assert resolve_provider("cpu") == "cpu"
+
+    def test_cuda_that_is_missing_is_one_line(
+        self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(runtime, "_devices", lambda _: 0)
+        assert resolve_provider("auto") == "cpu"
+        with pytest.raises(ProviderError, match=r"CUDA is not available: .*--provider cpu") as caught:
+            resolve_provider("cuda")
+        assert caught.value.exit_code == 7
+        assert capfd.readouterr() == ("", "")
+
+    def test_a_build_without_cuda_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+        assert "pip install onnx-decomp[cuda]" in (cuda_problem() or "")
+
+    @pytest.mark.skipif("CUDAExecutionProvider" not in ort.get_available_providers(), reason="a CPU build")
+    def test_missing_libraries_are_named(
+        self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        def missing(name: str, mode: int = 0) -> None:
+            raise OSError(f"libcublasLt.so: cannot open shared object file {name and mode and ''}")
+
+        monkeypatch.setattr(runtime, "_devices", lambda _: 1)
+        monkeypatch.setattr(runtime.ctypes, "CDLL", missing)
+        assert "libcublasLt.so" in (cuda_problem() or "")
+        assert "pip install onnx-decomp[cuda]" in (cuda_problem() or "")
+        assert capfd.readouterr() == ("", "")
+
+    def test_no_driver_no_devices(self) -> None:
+        assert runtime._devices("libno-such-driver.so") == 0
+
+    def test_both_runtimes_installed_is_a_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runtime, "version", lambda _: "1.2")
+        assert "onnxruntime 1.2 and onnxruntime-gpu 1.2" in (duplicate_runtimes() or "")
+
+    def test_one_runtime_is_fine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def one(name: str) -> str:
+            if name == "onnxruntime":
+                raise runtime.PackageNotFoundError(name)
+            return "1.2"
+
+        monkeypatch.setattr(runtime, "version", one)
+        assert duplicate_runtimes() is None
