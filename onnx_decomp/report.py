@@ -109,7 +109,7 @@ def build(program: Program, written: onnx.ModelProto | None, measured: Measured)
         "sites": _sites(program, measured.region_errors),
         "verify": _verification(measured.verification),
         "rewrite": {"max_rel_l2": measured.rewrite_change},
-        "latency": _latency(measured.latency),
+        "latency": dataclasses.asdict(measured.latency) if measured.latency else "not measured",
     }
     plain: Report = _plain(report)
     return plain
@@ -323,14 +323,13 @@ def _verification(found: Verification | None) -> Report | None:
     if found is None:
         return None
     outputs = {name: dataclasses.asdict(change) for name, change in found.outputs.items()}
-    return {"passed": found.passed, "metric": found.metric, "tolerance": found.tolerance, "outputs": outputs}
-
-
-def _latency(found: Latency | None) -> Report | str:
-    if found is None:
-        return "not measured"
-    names = ("provider", "threads", "before_ms", "after_ms", "speedup", "interval")
-    return {name: getattr(found, name) for name in names}
+    return {
+        "passed": found.passed,
+        "metric": found.metric,
+        "tolerance": found.tolerance,
+        "reason": found.reason,
+        "outputs": outputs,
+    }
 
 
 def _plain(value: Any) -> Any:

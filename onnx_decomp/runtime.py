@@ -19,7 +19,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from onnx_decomp.errors import CannotVerifyError, InternalError, ProviderError
+from onnx_decomp.errors import CannotVerifyError, ProviderError
 from onnx_decomp.options import Provider
 
 Device = Literal["cpu", "cuda"]
@@ -46,15 +46,12 @@ class Port:
 class Session:
     """A model ready to run on one provider."""
 
-    def __init__(
-        self, handle: ort.InferenceSession, provider: Device, threads: int | None, keep: object
-    ) -> None:
+    def __init__(self, handle: ort.InferenceSession, provider: Device, threads: int | None) -> None:
         self.handle = handle
         self.provider = provider
         self.threads = threads
         self.inputs = tuple(_port(item) for item in handle.get_inputs())
         self.outputs = tuple(_port(item) for item in handle.get_outputs())
-        self._keep = keep  # ONNX Runtime holds bare pointers to added initializers: they have to outlive it
 
     def run(
         self, feeds: Arrays, outputs: Sequence[str] | None = None, *, partial: bool = False
@@ -81,36 +78,26 @@ def open_session(
     folder: Path | None = None,
     prepack: bool = True,
     optimize: bool = True,
-    extra_outputs: Sequence[str] = (),
-    initializers: Arrays | None = None,
 ) -> Session:
     """Load a model.
 
     threads: of one operator; None leaves it to ONNX Runtime. folder: where a ModelProto's external data lies.
-    prepack: False keeps one copy of each weight, slower but bounded in memory. extra_outputs: inner tensors
-    that can be fetched too. initializers: values that take the place of stored ones, of the same shape and
-    type. Both only for a ModelProto. Raises RunError where ONNX Runtime refuses the model.
+    prepack: False keeps one copy of each weight, slower but bounded in memory. Raises RunError where ONNX
+    Runtime refuses the model.
     """
     options = _options(threads, prepack, optimize)
-    values = {name: _value(array) for name, array in (initializers or {}).items()}
-    for name, value in values.items():
-        options.add_initializer(name, value)
     if folder is not None:
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, str(folder.absolute()))
-    if isinstance(model, onnx.ModelProto):
-        model = _with_initializers(model, initializers or {})
-    elif values or extra_outputs:
-        raise InternalError("initializers and extra outputs need a ModelProto, not a path")
     try:
-        source = str(model) if isinstance(model, Path) else _bytes(model, extra_outputs)
+        source = str(model) if isinstance(model, Path) else model.SerializeToString()
         with _quiet():
             handle = ort.InferenceSession(source, options, providers=_PROVIDERS[provider], enable_fallback=0)
     except Exception as error:
         raise RunError(f"ONNX Runtime can't load the model: {_reason(error)}") from error
     if handle.get_providers()[0] != _PROVIDERS[provider][0]:
         raise RunError(f"ONNX Runtime did not start its {provider} provider: see `resolve_provider`")
-    return Session(handle, provider, threads, values)
+    return Session(handle, provider, threads)
 
 
 def resolve_provider(asked: Provider) -> Device:
@@ -194,50 +181,6 @@ def _options(threads: int | None, prepack: bool, optimize: bool) -> ort.SessionO
     # Threads that spin after a run would take the cores of the next session's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
-
-
-def _with_initializers(model: onnx.ModelProto, values: Arrays) -> onnx.ModelProto:
-    """`model` itself where every name is that of an initializer, else a copy whose Constant nodes are ones.
-
-    Raises InternalError for a name, shape or type that the model does not have: ONNX Runtime would ignore the
-    first without a word, and trip over the others at some later time.
-    """
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    constants = {
-        node.output[0]: node
-        for node in model.graph.node
-        if node.op_type == "Constant" and node.output[0] in values
-    }
-    for name, array in values.items():
-        if name in constants:
-            continue
-        tensor = stored.get(name)
-        if tensor is None:
-            raise InternalError(f"the model has no initializer {name!r}")
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        if tuple(tensor.dims) != array.shape or dtype != array.dtype:
-            raise InternalError(f"{name!r} is {dtype} {list(tensor.dims)}, not {array.dtype} {array.shape}")
-    if not constants:
-        return model
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    for node in constants.values():
-        copy.graph.node.remove(node)
-    copy.graph.initializer.extend(onnx.numpy_helper.from_array(values[name], name) for name in constants)
-    return copy
-
-
-def _value(array: NDArray[Any]) -> ort.OrtValue:
-    """The array as ONNX Runtime takes it, without a copy if it is contiguous."""
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-
-
-def _bytes(model: onnx.ModelProto, extra_outputs: Sequence[str]) -> bytes:
-    """The model in bytes. Messages appended to each other merge, so that extra outputs need no copy of it."""
-    known = {value.name for value in model.graph.output}
-    patch = onnx.ModelProto()
-    patch.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra_outputs if name not in known)
-    return bytes(model.SerializeToString()) + bytes(patch.SerializeToString())
 
 
 def _port(item: Any) -> Port:

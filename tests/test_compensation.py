@@ -104,6 +104,8 @@ def test_unit_path_predicts_the_error_of_a_refit() -> None:
     assert path.error[8] == pytest.approx(measured, rel=1e-3)
 
 
-@pytest.mark.parametrize(("count", "size", "expected"), [(0, 64, 1), (1, 64, 1), (9, 64, 16), (60, 61, 61), (17, 64, 32)])
+@pytest.mark.parametrize(
+    ("count", "size", "expected"), [(0, 64, 1), (1, 64, 1), (9, 64, 16), (60, 61, 61), (17, 64, 32)]
+)
 def test_round_up(count: int, size: int, expected: int) -> None:
     assert round_up(count, size) == expected

@@ -6,7 +6,6 @@ import io
 import json
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ from onnx_decomp import model_io
 from onnx_decomp.axes import find_regions
 from onnx_decomp.calibration import Data
 from onnx_decomp.errors import InputError
+from onnx_decomp.latency import Latency
+from onnx_decomp.metrics import OutputChange, Verification
 from onnx_decomp.options import Options
 from onnx_decomp.program import Evidence, Program, Rewrite, Segment, Structure
 from onnx_decomp.rendering import describe_site, render_html, render_table
@@ -77,9 +78,9 @@ def make_program(node: str = "fc1", keep: bool = True) -> Program:
 
 
 def measured(**values: Any) -> Measured:
-    change = {"rel_l2": 3e-4, "worst_sample": float("inf"), "max_abs": 1e-3, "cosine": 0.99999}
+    change = OutputChange(rel_l2=3e-4, worst_sample=float("inf"), max_abs=1e-3, cosine=0.99999)
     return Measured(
-        verification=make_verification({"y": change}),
+        verification=Verification(True, "rel-l2", 1e-3, {"y": change}),
         rewrite_change=1e-7,
         latency=make_latency(2.9),
         seconds=1.23456,
@@ -88,17 +89,8 @@ def measured(**values: Any) -> Measured:
     )
 
 
-def make_verification(outputs: dict[str, dict[str, float]]) -> Any:
-    from onnx_decomp.metrics import OutputChange, Verification
-
-    changes = {name: OutputChange(**change) for name, change in outputs.items()}
-    return Verification(passed=True, metric="rel-l2", tolerance=1e-3, outputs=changes)
-
-
-def make_latency(speedup: float) -> Any:
-    return SimpleNamespace(
-        provider="cpu", threads=1, before_ms=2.9, after_ms=2.9 / speedup, speedup=speedup, interval=(2.5, 3.1)
-    )
+def make_latency(speedup: float) -> Latency:
+    return Latency("cpu", 1, 2.9, 2.9 / speedup, speedup, (2.5, 3.1), rounds=30, samples=64)
 
 
 def build_report(node: str = "fc1", keep: bool = True, **values: Any) -> Report:

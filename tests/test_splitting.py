@@ -47,7 +47,9 @@ def rewrite_of(index: GraphIndex, region: Region, segments: tuple[Segment, ...])
     return Rewrite(region, segments, tuple(affine), "split", "applied")
 
 
-def check_equal(index: GraphIndex, rewrite: Rewrite, feeds: dict[str, np.ndarray], opset: int) -> onnx.ModelProto:
+def check_equal(
+    index: GraphIndex, rewrite: Rewrite, feeds: dict[str, np.ndarray], opset: int
+) -> onnx.ModelProto:
     """The written model against the original graph run with the same dense-equivalent weights."""
     written = emit(index, [rewrite], opset)
     onnx.checker.check_model(written, full_check=True)
@@ -81,7 +83,9 @@ def test_every_storage_opset_and_type(form: str, opset: int, dtype: str) -> None
 @pytest.mark.parametrize("rank", [2, 3])
 @pytest.mark.parametrize("hide", ["all", "hidden", "none"])
 def test_every_link_rank_and_border(activation: str, rank: int, hide: str) -> None:
-    planted = build(Planted((32, 64, 48, 32), blocks=4, activation=activation, rank=rank, hide=hide, opset=20))
+    planted = build(
+        Planted((32, 64, 48, 32), blocks=4, activation=activation, rank=rank, hide=hide, opset=20)
+    )
     index = index_of(planted.model)
     region = only_region(index)
     assert len(region.sites) == 3
@@ -109,9 +113,17 @@ def test_random_partitions_with_dropped_units(data: st.DataObject) -> None:
     stop = data.draw(st.integers(start + 1, layers))
     blocks = data.draw(st.integers(2, 3))
     structure = Structure(
-        start, stop, tuple(_labels(rng, width, blocks) for width in widths[start : stop + 1]), blocks, "exact", 0, 1
+        start,
+        stop,
+        tuple(_labels(rng, width, blocks) for width in widths[start : stop + 1]),
+        blocks,
+        "exact",
+        0,
+        1,
     )
-    keep = [None if axis in (0, layers) else _keep(rng, widths, axis, structure) for axis in range(layers + 1)]
+    keep = [
+        None if axis in (0, layers) else _keep(rng, widths, axis, structure) for axis in range(layers + 1)
+    ]
     segments = compose(widths, [structure], keep)
     for shaped in _all_forms(segments):
         check_equal(index, rewrite_of(index, region, shaped), calibration(planted, 5, seed=seed), 17)
