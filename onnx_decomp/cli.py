@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,13 +50,12 @@ class CompileByDefault(click.Group):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; every failure is one line on stderr."""
     console = Console()
+    given = None if arguments is None else list(arguments)
     try:
-        code = command.main(
-            args=None if arguments is None else list(arguments),
-            prog_name=NAME,
-            standalone_mode=False,
-            obj=console,
-        )
+        with warnings.catch_warnings():
+            if not sys.warnoptions:  # libraries' warnings are for developers, who ask for them with -W
+                warnings.simplefilter("ignore")
+            code = command.main(given, prog_name=NAME, standalone_mode=False, obj=console)
     except click.ClickException as error:
         return _fail(console, error.format_message(), EXIT_USAGE)
     except DecompError as error:
@@ -147,8 +147,6 @@ def compile_command(
     options = Options(**values, progress=bars)
     if out is None and not options.dry_run:
         raise click.UsageError("Missing argument 'OUT.onnx': name the file to write, or try --dry-run")
-    if options.init is not None and options.init_preset is not None:
-        raise click.UsageError("--init and --init-preset exclude one another: give one of them")
     given = {"IN": source, "--init": options.init, "--calib": options.calib, "--replay": options.replay}
     _check_files(given, {"OUT": out, "--report": report_path, "--html": html_path})
 

@@ -20,8 +20,8 @@ import onnx
 from onnx_decomp import calibration, cost, model_io, runtime, verify
 from onnx_decomp.axes import find_regions
 from onnx_decomp.calibration import Data
-from onnx_decomp.errors import CannotVerifyError, DecompError, InputError, ProviderError, RequireChangeError
-from onnx_decomp.init_stats import load_nulls
+from onnx_decomp.errors import CannotVerifyError, DecompError, InputError, ProviderError
+from onnx_decomp.init_stats import load_nulls, module_scopes
 from onnx_decomp.latency import Latency
 from onnx_decomp.latency import compare as compare_latency
 from onnx_decomp.metrics import Verification, compare_outputs
@@ -35,7 +35,7 @@ from onnx_decomp.passes.splitting import Splitting
 from onnx_decomp.probe import Probe
 from onnx_decomp.program import Program, Rewrite
 from onnx_decomp.progress import Progress, Silent
-from onnx_decomp.report import Measured, build
+from onnx_decomp.report import Measured, build, record_output
 from onnx_decomp.runtime import Session, open_session
 from onnx_decomp.sites import GraphIndex, find_sites
 
@@ -123,7 +123,13 @@ class Run:
                 program.decide("sites", site, "declined", site.obstacle)
         program.shared["cost"] = cost.cuda() if self.target == "cuda" else cost.cpu()
         program.shared["latency_samples"] = min(DEFAULT_ROWS, program.data.samples("report"))
-        program.init = load_nulls(sites, program.affine, self.options.init, self.options.init_preset)
+        program.init = load_nulls(
+            sites,
+            program.affine,
+            self.options.init,
+            self.options.init_preset,
+            module_scopes(index, sites),
+        )
         return program
 
     def _nothing(self, program: Program, reason: str) -> tuple[Program, None]:
@@ -166,7 +172,7 @@ class Run:
         self.progress.stage("criterion")
         Criterion().run(program)
         self.progress.stage("annealing")
-        Annealing(seed=self.options.seed).run(program)
+        Annealing().run(program)
         sites = [site for region in program.regions for site in region.sites]
         if sites:
             probe = Probe(program.index, sites, self.source.folder)
@@ -179,9 +185,7 @@ class Run:
         samples = len(next(iter(feeds.values())))
         sites = [site for region in program.regions for site in region.sites]
         made = calibrator.probe.run(feeds, {}, [site.output for site in sites])
-        return {
-            site.index: max(1, made[site.output].size // site.shape[1] // samples) for site in sites
-        }
+        return {site.index: max(1, made[site.output].size // site.shape[1] // samples) for site in sites}
 
     def _settle(self, program: Program) -> onnx.ModelProto | None:
         """Plan, write and measure until every gate passes or nothing is left."""
@@ -205,7 +209,7 @@ class Run:
 
     def _measure(self, program: Program, written: onnx.ModelProto) -> Gates:
         gates = Gates()
-        worst = max(program.rewrites, key=lambda rewrite: rewrite.predicted_error).region.name
+        worst = max(program.rewrites, key=lambda rewrite: rewrite.change).region.name
         try:
             candidate = self._session(written)
         except CannotVerifyError as error:
@@ -226,7 +230,7 @@ class Run:
             gates.latency = self._latency(program, candidate)
             slow = gates.latency.interval[0] < self.options.min_speedup
             if slow and self.options.replay is None:
-                least = min(program.rewrites, key=lambda rewrite: rewrite.predicted_gain)
+                least = min(program.rewrites, key=lambda rewrite: rewrite.gain)
                 gates.offender, gates.why = least.region.name, "latency"
         return gates
 
@@ -239,7 +243,8 @@ class Run:
             for site, affine in zip(rewrite.region.sites, rewrite.affine, strict=True)
         }
         pairs = (
-            (calibrator.probe.run(feeds, placed), candidate.run(feeds)) for feeds in calibrator.feeds("select")
+            (calibrator.probe.run(feeds, placed), candidate.run(feeds))
+            for feeds in calibrator.feeds("select")
         )
         return compare_outputs(pairs, "rel-l2", self.options.tolerance).largest
 
@@ -308,28 +313,22 @@ def compile_model(
         seconds=time.monotonic() - run.started,
     )
     report = build(program, written, measured)
-    if written is None and options.require_change:
-        raise RequireChangeError(
-            f"{source.path or 'the model'}: nothing was kept and --require-change was given; "
-            "see the reasons in --report, or allow a larger --tolerance"
-        )
     return Result(written if written is not None else source.proto, report, written is not None), program
 
 
-def compile_file(
-    path: Path, out: Path | None, options: Options, progress: Progress | None = None
-) -> Result:
+def compile_file(path: Path, out: Path | None, options: Options, progress: Progress | None = None) -> Result:
     """Compile the model at `path` and write it to `out`, whole or not at all (nothing where `out` is None)."""
     if out is not None:
         model_io.check_output(path, out)
     source = model_io.load(path)
     result, _ = compile_model(source, options, progress)
-    if out is not None and not options.dry_run:
-        if result.changed:
-            model_io.save(result.model, source, out)
-        else:
-            model_io.copy(source, out)
-        result.report["output"]["path"] = str(out)
+    if out is None or options.dry_run or (options.require_change and not result.changed):
+        return result
+    if result.changed:
+        model_io.save(result.model, source, out)
+    else:
+        model_io.copy(source, out)
+    record_output(result.report, out)
     return result
 
 

@@ -67,5 +67,5 @@ def render_inspection(found: dict[str, Any]) -> RenderableType:
         obstacle = explain(site["obstacle"]) if site["obstacle"] else "-"
         cells = (site["node"], site["op"], shape, site["dtype"], site["region"] or "-", obstacle)
         table.add_row(*(Text(printable(cell)) for cell in cells))
-    counts = f"{len(found['sites'])} constant matrices in {len(found['regions'])} regions"
+    counts = f"constant matrices: {len(found['sites'])}, regions: {len(found['regions'])}"
     return Group(*([table] if found["sites"] else []), Text(counts))

@@ -26,7 +26,7 @@ class OutputChange:
 
     rel_l2: ‖Δ‖/‖y‖ over everything; worst_sample: the largest of one sample; max_abs: of one entry; cosine:
     mean over samples. top1 (share of rows whose largest entry stays) and kl (mean divergence of the rows as
-    distributions, in nats) are None where the last axis has less than two entries. For an output without
+    distributions, in nats) are None where rows have less than two entries. For an output without
     floats only `differing` is set: the share of entries that differ. finite: no new NaN or infinity.
     """
 
@@ -151,7 +151,7 @@ class _Sums:
         lengths = np.sqrt(reference) * np.sqrt((rows_b**2).sum(axis=1))
         same = (difference == 0).astype(np.float64)
         self.cosine.add(np.where(lengths > 0, _ratio((rows_a * rows_b).sum(axis=1), lengths, 0.0), same))
-        if a.ndim and a.shape[-1] > 1:
+        if a.ndim > 1 and a.shape[-1] > 1:
             self.top1.add(a.argmax(axis=-1) == b.argmax(axis=-1))
             self.kl.add(_divergence(a, b))
 

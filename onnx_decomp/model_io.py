@@ -25,17 +25,14 @@ from numpy.typing import NDArray
 
 from onnx_decomp.errors import InputError, UsageError
 
-MAX_PROTO = 2**31 - 1
-"""Bytes that one protobuf message can hold."""
+MAX_NODES = 1_000_000
+MAX_PROTO = 2**31 - 1  # bytes that one protobuf message can hold
 
 MAX_EMBEDDED = 3 * 2**29
 """Embedded bytes above which `save` moves large tensors to a file beside the model (1.5 GiB)."""
 
 MOVED = 2**20
 """Bytes from which a tensor is large; shapes and axes stay embedded, where shape inference sees them."""
-
-MAX_NODES = 1_000_000
-
 _EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum"})
 _FLOATS = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"})
 _BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
@@ -179,7 +176,7 @@ def check_output(source: Path | None, out: Path) -> None:
         raise UsageError(f"{out}: its folder does not exist: create it or choose another output")
     if out.exists() and not out.is_file():
         raise UsageError(f"{out}: not a regular file: choose another output")
-    if source is not None and out.exists() and out.samefile(source):
+    if source is not None and _same(source, out):
         raise UsageError(f"{out}: the output is the input itself: choose another output")
     if not os.access(out.parent, os.W_OK):
         raise UsageError(f"{out}: its folder is read-only: choose another output")
@@ -255,7 +252,7 @@ def _stage_data(data: Path, final: Path, stage: _Stage) -> None:
 
 
 def _same(a: Path, b: Path) -> bool:
-    return b.exists() and a.samefile(b)
+    return a.exists() and b.exists() and a.samefile(b)
 
 
 def _sync(path: Path) -> None:
@@ -308,8 +305,7 @@ def _serialize(proto: onnx.ModelProto) -> bytes:
 
 def _parse(data: bytes, path: Path) -> onnx.ModelProto:
     try:
-        proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
-        return proto
+        return onnx.ModelProto.FromString(data)  # type: ignore[no-any-return]
     except Exception as error:
         raise InputError(f"{path}: not an ONNX model, or cut short: export or copy it again") from error
 

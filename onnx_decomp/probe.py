@@ -52,7 +52,9 @@ def probe_model(index: GraphIndex, sites: Sequence[Site], fetch: Iterable[str]) 
 def _affine_nodes(site: Site) -> list[onnx.NodeProto]:
     product = f"{_weight(site)}.product"
     return [
-        onnx.helper.make_node("MatMul", [site.input, _weight(site)], [product], name=f"{_weight(site)}/MatMul"),
+        onnx.helper.make_node(
+            "MatMul", [site.input, _weight(site)], [product], name=f"{_weight(site)}/MatMul"
+        ),
         onnx.helper.make_node("Add", [product, _bias(site)], [site.output], name=f"{_weight(site)}/Add"),
     ]
 

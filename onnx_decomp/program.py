@@ -99,8 +99,12 @@ class Rewrite:
     affine: tuple[Affine, ...]
     decision: Literal["split", "reduced"]
     reason: str
-    predicted_error: float = float("nan")
-    predicted_gain: float = 1.0
+    change: float = float("nan")
+    """Change of the outputs on the select part, by the metric, with this and every earlier rewrite in place."""
+    gain: float = 1.0
+    """Predicted cost before over predicted cost after."""
+    errors: tuple[tuple[float, float], ...] = ()
+    """For each site the relative error of its output: on the data that it was fitted on, and on the select part."""
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,7 @@ def render_html(report: Report) -> str:
         lstrip_blocks=True,
         finalize=lambda value: printable(value) if isinstance(value, str) else value,
     )
+    environment.filters["explain"] = explain
     pictures = [(site, picture(site)) for site in report["sites"] if site["structure"]]
     rows = [(site["decision"] != "dense", _row(site)) for site in report["sites"]]
     template = environment.get_template("report.html")

@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -82,8 +82,6 @@ class Measured:
     history: Sequence[Mapping[str, Any]] = ()
     """{round, undone, why} for each round in which a gate undid something."""
     warnings: Sequence[str] = ()
-    region_errors: Mapping[str, float] = field(default_factory=dict)
-    """Measured output change of each region alone, where that was measured."""
 
 
 def build(program: Program, written: onnx.ModelProto | None, measured: Measured) -> Report:
@@ -106,7 +104,7 @@ def build(program: Program, written: onnx.ModelProto | None, measured: Measured)
         "history": measured.history,
         "init": (program.init or InitStats({})).report(),
         "data": {"kind": data.kind} | {part: data.samples(part) for part in PARTS},
-        "sites": _sites(program, measured.region_errors),
+        "sites": _sites(program),
         "verify": _verification(measured.verification),
         "rewrite": {"max_rel_l2": measured.rewrite_change},
         "latency": dataclasses.asdict(measured.latency) if measured.latency else "not measured",
@@ -221,7 +219,7 @@ def _size(model: onnx.ModelProto, flops: int) -> Report:
     return {"parameters": model_io.parameters(model), "matmul_flops": flops}
 
 
-def _sites(program: Program, errors: Mapping[str, float]) -> list[Report]:
+def _sites(program: Program) -> list[Report]:
     place = {
         site.index: (region.name, position)
         for region in program.regions
@@ -246,10 +244,7 @@ def _sites(program: Program, errors: Mapping[str, float]) -> list[Report]:
                 "structure": _structure(structure, position),
                 **_outcome(site, rewrite, position),
                 "reason": _reason(program, site, region, rewrite),
-                "error": {
-                    "predicted": rewrite.predicted_error if rewrite else None,
-                    "measured": errors.get(region) if region else None,
-                },
+                "error": _errors(rewrite, position),
                 "decisions": [
                     {"pass": d.where, "verdict": d.verdict, "reason": d.reason, "numbers": dict(d.numbers)}
                     for d in program.decisions
@@ -258,6 +253,14 @@ def _sites(program: Program, errors: Mapping[str, float]) -> list[Report]:
             }
         )
     return entries
+
+
+def _errors(rewrite: Rewrite | None, position: int) -> Report:
+    """Relative error of a site's own output: expected from the fit, and measured on the select part."""
+    if rewrite is None or not rewrite.errors:
+        return {"predicted": None, "measured": None}
+    fitted, measured = rewrite.errors[position]
+    return {"predicted": fitted, "measured": measured}
 
 
 def _evidence(program: Program, site: Site) -> Report:

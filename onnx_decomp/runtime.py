@@ -56,7 +56,10 @@ class Session:
     def run(
         self, feeds: Arrays, outputs: Sequence[str] | None = None, *, partial: bool = False
     ) -> dict[str, NDArray[Any]]:
-        """The outputs asked for (all by default) by name. `partial`: run only the nodes that they need.
+        """The outputs asked for (all by default) by name.
+
+        `partial`: only the nodes that they need have to run. A hint: ONNX Runtime's builds for inference run
+        the whole graph all the same (microsoft/onnxruntime issue 16013).
 
         Raises RunError where ONNX Runtime refuses the feeds or fails.
         """

@@ -4,15 +4,15 @@ A *site* is one MatMul or Gemm whose right operand is constant. Its canonical vi
 
     y = x @ W + b        W [K, N] (inputs x outputs), b [N] or None
 
-whatever the exporter wrote: a transposed Gemm, alpha and beta, a weight behind Constant, Identity, Transpose or
-Cast, a bias in an Add of its own. Everything above this file is free of that detail.
+whatever the exporter wrote: a transposed Gemm, alpha and beta, a weight behind Constant, Identity or Transpose, a
+bias in an Add of its own. Everything above this file is free of that detail.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,7 @@ class GraphIndex:
     def _read_shapes(self) -> None:
         try:
             inferred = onnx.shape_inference.infer_shapes(self.proto, data_prop=True).graph
-        except Exception:  # noqa: BLE001  inference is a help; a model it can't read still compiles
+        except Exception:  # inference is a help; a model that it can't read still compiles
             inferred = self.proto.graph
         for value in [*inferred.input, *inferred.value_info, *inferred.output]:
             tensor = value.type.tensor_type
@@ -354,15 +354,9 @@ def _mark_shared(index: GraphIndex, sites: list[Site]) -> list[Site]:
     for site in sites:
         uses[site.weight] += 1
     return [
-        _with_obstacle(site, "shared-weight") if uses[site.weight] > 1 and not site.obstacle else site
+        replace(site, obstacle="shared-weight") if uses[site.weight] > 1 and not site.obstacle else site
         for site in sites
     ]
-
-
-def _with_obstacle(site: Site, reason: str) -> Site:
-    from dataclasses import replace
-
-    return replace(site, obstacle=reason)
 
 
 def read_affine(index: GraphIndex, site: Site) -> Affine:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import onnx
 
@@ -60,8 +58,4 @@ def interface_difference(original: onnx.ModelProto, written: onnx.ModelProto) ->
         return "the operator sets or the IR version of the model have changed"
     kept = {entry.key: entry.value for entry in written.metadata_props}
     lost = [entry.key for entry in original.metadata_props if kept.get(entry.key) != entry.value]
-    return f"metadata {_named(lost)} has changed" if lost else None
-
-
-def _named(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
+    return f"metadata {', '.join(map(repr, lost))} has changed" if lost else None

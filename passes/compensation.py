@@ -12,7 +12,7 @@ of what is gone folded into the bias. lam is chosen on the select part of the da
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,45 +126,24 @@ def refit(moments: Moments, affine: Affine, rows: Labels, columns: Labels, ridge
     return Affine(weight.astype(np.float32), bias.astype(np.float32))
 
 
-def best_refit(
-    fit: Moments, select: Moments, affine: Affine, rows: Labels, columns: Labels
-) -> tuple[Affine, float, float]:
-    """Refit on `fit`, with the ridge that does best on `select`; doing nothing but masking is a candidate too.
-
-    Returns the affine map, its relative error on `select` (root of residual over variance), and the ridge (nan for
-    masking alone).
-    """
+def best_refit(fit: Moments, select: Moments, affine: Affine, rows: Labels, columns: Labels) -> Affine:
+    """Refit on `fit`, with the ridge that does best on `select`; doing nothing but masking is a candidate too."""
     live = columns != DROPPED
-    variance = max(float(select.yy[live].sum()), np.finfo(np.float64).tiny)
-    candidates = [(masked(affine, rows, columns), float("nan"))]
+    candidates = [masked(affine, rows, columns)]
     for ridge in RIDGES:
         try:
-            candidates.append((refit(fit, affine, rows, columns, ridge), ridge))
+            candidates.append(refit(fit, affine, rows, columns, ridge))
         except linalg.LinAlgError:
             continue
-    live_moments = _columns(select, live)
-    scored = [
-        (residual(live_moments, Affine(candidate.weight[:, live], _take(candidate.bias, live))), number)
-        for number, (candidate, _) in enumerate(candidates)
-    ]
-    error, number = min(scored)
-    best, ridge = candidates[number]
-    return best, float(np.sqrt(error / variance)), ridge
+    return min(candidates, key=lambda candidate: relative_error(select, candidate, live))
 
 
-def _columns(moments: Moments, live: NDArray[np.bool_]) -> Moments:
-    return Moments(
-        moments.rows,
-        moments.mean_x,
-        moments.mean_y[live],
-        moments.xx,
-        moments.xy[:, live],
-        moments.yy[live],
-    )
-
-
-def _take(bias: NDArray[np.float32] | None, live: NDArray[np.bool_]) -> NDArray[np.float32] | None:
-    return None if bias is None else bias[live]
+def relative_error(moments: Moments, affine: Affine, live: NDArray[np.bool_]) -> float:
+    """Root of the mean squared error over the variance of y, both summed over the columns that are computed."""
+    bias = None if affine.bias is None else affine.bias[live]
+    columns = replace(moments, mean_y=moments.mean_y[live], xy=moments.xy[:, live], yy=moments.yy[live])
+    variance = max(float(columns.yy.sum()), np.finfo(np.float64).tiny)
+    return float(np.sqrt(residual(columns, Affine(affine.weight[:, live], bias)) / variance))
 
 
 @dataclass(frozen=True)
@@ -197,9 +176,10 @@ class Calibrator:
 
 @dataclass(frozen=True)
 class Refitted:
-    """A region's compensated affine maps, with each site's relative error on the select part."""
+    """A region's compensated affine maps, with each site's relative error on what was fitted and on the select part."""
 
     affine: tuple[Affine, ...]
+    fitted_errors: tuple[float, ...]
     errors: tuple[float, ...]
 
 
@@ -216,12 +196,13 @@ def refit_run(
     """
     placed = dict(upstream)
     fitted: list[Affine] = []
-    errors: list[float] = []
+    errors: list[tuple[float, float]] = []
     for site, affine, (rows, columns) in zip(sites, old, partition, strict=True):
         fit = calibrator.moments("fit", site, placed)
         select = calibrator.moments("select", site, placed)
-        best, error, _ = best_refit(fit, select, affine, rows, columns)
+        best = best_refit(fit, select, affine, rows, columns)
+        live = columns != DROPPED
         placed[site.index] = best
         fitted.append(best)
-        errors.append(error)
-    return Refitted(tuple(fitted), tuple(errors))
+        errors.append((relative_error(fit, best, live), relative_error(select, best, live)))
+    return Refitted(tuple(fitted), *zip(*errors, strict=True))

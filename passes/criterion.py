@@ -250,7 +250,9 @@ def _best_shrink(w: Matrix, scores: Scores, std: float) -> Shrink:
     square = np.bincount(bins, w.astype(np.float64) ** 2, len(edges) + 1) / np.maximum(count, 1)
     coarse = _shrunk_mixtures(np.geomspace(0.005, 3, 80), edges, count, square, scores, std)
     c = max(coarse, key=lambda found: found.likelihood).c
-    fine = _shrunk_mixtures(np.append(c * np.geomspace(0.93, 1.07, 41), 1.0), edges, count, square, scores, std)
+    fine = _shrunk_mixtures(
+        np.append(c * np.geomspace(0.93, 1.07, 41), 1.0), edges, count, square, scores, std
+    )
     best = max(fine, key=lambda found: found.likelihood)
     return fine[-1] if fine[-1].likelihood > best.likelihood - max(4.0, 1e-4 * len(w)) else best
 
@@ -283,7 +285,9 @@ def central_distance(z: Matrix) -> float:
     inner = np.abs(z[(np.abs(z) < 1) & (z != 0)])
     if len(inner) < 100:
         return 0.0
-    return float(stats.kstest(special.erf(inner / np.sqrt(2)) / special.erf(np.sqrt(0.5)), "uniform").statistic)
+    return float(
+        stats.kstest(special.erf(inner / np.sqrt(2)) / special.erf(np.sqrt(0.5)), "uniform").statistic
+    )
 
 
 def entry_p_values(z: NDArray[np.floating]) -> Vector:

@@ -165,7 +165,8 @@ def block_sizes(segment: Segment, axis: int) -> list[int]:
 def kept_flops(segment: Segment) -> list[int]:
     """Multiply-adds times two for one row, of each site of the segment."""
     return [
-        2 * sum(k * n for k, n in zip(block_sizes(segment, axis), block_sizes(segment, axis + 1), strict=True))
+        2
+        * sum(k * n for k, n in zip(block_sizes(segment, axis), block_sizes(segment, axis + 1), strict=True))
         for axis in range(segment.start, segment.stop)
     ]
 

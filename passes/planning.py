@@ -8,8 +8,9 @@ by what it removes. Without calibration data only what the weights alone bound i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from onnx_decomp.axes import Region
 from onnx_decomp.cost import CostModel
 from onnx_decomp.metrics import compare_outputs
-from onnx_decomp.passes.compensation import Calibrator, Moments, masked, refit_run
+from onnx_decomp.passes.compensation import Calibrator, Refitted, masked, refit_run
 from onnx_decomp.passes.folding import Layout, block_sizes, compose, forms, kept_flops, layouts, partition
 from onnx_decomp.passes.reduction import UnitPath, round_up, unit_path
 from onnx_decomp.program import DROPPED, Labels, Program, Rewrite, Segment, Structure
@@ -49,7 +50,7 @@ class Judged:
     """A compensated candidate and what it did to the outputs on the select part."""
 
     candidate: Candidate
-    affine: tuple[Affine, ...]
+    refitted: Refitted
     change: float
 
 
@@ -60,7 +61,9 @@ def segment_time(cost: CostModel, rows: int, segment: Segment, form: str) -> flo
     if form == "dense":
         return sum(cost.dense(rows, sum(k), sum(n)) for k, n in zip(sizes, sizes[1:], strict=False))
     if form == "batched":
-        return sum(cost.batched(rows, segment.blocks, k[0], n[0]) for k, n in zip(sizes, sizes[1:], strict=False))
+        return sum(
+            cost.batched(rows, segment.blocks, k[0], n[0]) for k, n in zip(sizes, sizes[1:], strict=False)
+        )
     if form == "parallel":
         return cost.parallel(rows, sizes[0], sizes[1])
     layers = [list(zip(k, n, strict=True)) for k, n in zip(sizes, sizes[1:], strict=False)]
@@ -117,6 +120,17 @@ def _block_labels(widths: Sequence[int], structures: Sequence[Structure], axis: 
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What came of a region: the best candidate that fits, or the reason why there is none, with its numbers."""
+
+    judged: Judged | None
+    reason: str = "applied"
+    numbers: dict[str, float] = field(default_factory=dict)
+    passed_over: tuple[Verdict, ...] = ()
+    """What was declined on the way: blocks that change too much, say, where fewer units were kept instead."""
+
+
+@dataclass(frozen=True)
 class Planning:
     """Fills `program.rewrites`, region by region in graph order; later regions are fitted on what earlier ones feed."""
 
@@ -125,60 +139,60 @@ class Planning:
 
     def run(self, program: Program) -> None:
         program.rewrites = []
-        planner = Planner(program, self)
-        weights = [2.0 * sum(k * n for k, n in _pairs(region.widths)) for region in program.regions]
-        spent = 0.0
-        for region, weight in zip(program.regions, weights, strict=True):
-            spent += weight
+        planner = Planner(program, self.reduce)
+        flops = [sum(site.flops for site in region.sites) for region in program.regions]
+        for region, seen in zip(program.regions, np.cumsum(flops), strict=True):
             # Errors of separate regions add up like independent ones: each may use its share of the square.
-            budget = program.options.tolerance * MARGIN * float(np.sqrt(spent / sum(weights)))
-            rewrite = planner.plan(region, budget)
-            if rewrite is not None:
-                program.rewrites.append(rewrite)
-
-
-def _pairs(widths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    yield from zip(widths, widths[1:], strict=False)
+            share = float(np.sqrt(seen / sum(flops)))
+            verdict = planner.plan(region, program.options.tolerance * MARGIN * share)
+            for said in [*verdict.passed_over, verdict]:
+                outcome: Literal["applied", "declined"] = "applied" if said.judged else "declined"
+                for site in region.sites:
+                    program.decide(self.name, site, outcome, said.reason, **said.numbers)
+            if verdict.judged is not None:
+                program.rewrites.append(planner.accept(region, verdict.judged))
 
 
 @dataclass
 class Planner:
-    """What planning needs for one round over the regions."""
+    """One round over the regions: what has been accepted so far, and how the next one is judged on top of it."""
 
     program: Program
-    settings: Planning
+    reduce: bool
+    upstream: dict[int, Affine] = field(default_factory=dict)
+    change: float = 0.0
 
-    def __post_init__(self) -> None:
-        self.calibrator: Calibrator | None = self.program.shared.get("calibrator")
-        self.cost: CostModel = self.program.shared["cost"]
-        self.upstream: dict[int, Affine] = {}
-
-    def plan(self, region: Region, budget: float) -> Rewrite | None:
-        """The rewrite of one region, or None with the reason recorded for each of its sites."""
+    def plan(self, region: Region, budget: float) -> Verdict:
+        """The best way to write one region under a budget of change to the outputs, that of earlier regions included."""
         refusal = self._refusal(region)
         if refusal is not None:
-            return self._decline(region, refusal)
-        structures, reason = self._usable_structures(region)
+            return Verdict(None, refusal)
+        found = self.program.structures.get(region.name, ())
+        structures = tuple(s for s in found if self._may_act_on(region, s))
         if self.program.data.kind == "calibration":
-            chosen, why = self._search(region, structures, budget)
+            verdict = self._search(region, structures, budget)
         else:
-            chosen, why = self._bounded(region, structures, budget)
-        if chosen is None:
-            return self._decline(region, why if structures or why != "no-structure" else reason or why)
-        for site, affine in zip(region.sites, chosen.affine, strict=True):
-            self.upstream[site.index] = affine
-            self.program.decide(
-                self.settings.name, site, "applied", "applied", change=chosen.change, gain=chosen.candidate.gain
-            )
-        split = any(segment.blocks > 1 for segment in chosen.candidate.segments)
+            verdict = self._bounded(region, structures, budget)
+        if verdict.judged is None and found and not structures:
+            return replace(verdict, reason="estimated-null")
+        return verdict
+
+    def accept(self, region: Region, judged: Judged) -> Rewrite:
+        """Take a candidate for good: what follows is fitted on what it makes."""
+        refitted, segments = judged.refitted, judged.candidate.segments
+        self.upstream |= {
+            site.index: affine for site, affine in zip(region.sites, refitted.affine, strict=True)
+        }
+        added, self.change = max(judged.change - self.change, 0.0), max(judged.change, self.change)
         return Rewrite(
             region,
-            chosen.candidate.segments,
-            chosen.affine,
-            "split" if split else "reduced",
+            segments,
+            refitted.affine,
+            "split" if any(segment.blocks > 1 for segment in segments) else "reduced",
             "applied",
-            chosen.change,
-            chosen.candidate.gain,
+            added,
+            judged.candidate.gain,
+            tuple(zip(refitted.fitted_errors, refitted.errors, strict=True)),
         )
 
     def _refusal(self, region: Region) -> str | None:
@@ -191,104 +205,78 @@ class Planner:
             return "excluded"
         return None
 
-    def _decline(self, region: Region, reason: str) -> None:
-        for site in region.sites:
-            numbers = self._numbers.get(region.name, {}) if hasattr(self, "_numbers") else {}
-            self.program.decide(self.settings.name, site, "declined", reason, **numbers)
-
-    def _usable_structures(self, region: Region) -> tuple[tuple[Structure, ...], str | None]:
-        """Structures that may be acted upon: an estimated null alone never removes anything."""
-        found = self.program.structures.get(region.name, ())
-        usable = tuple(s for s in found if not self._only_estimated(region, s) or self._vanished(region, s))
-        return usable, "estimated-null" if found and not usable else None
-
-    def _only_estimated(self, region: Region, structure: Structure) -> bool:
+    def _may_act_on(self, region: Region, structure: Structure) -> bool:
+        """An estimated null alone never removes anything, unless what would go is next to nothing by norm."""
         sites = region.sites[structure.start : structure.stop]
-        return any(self.program.evidence[site.index].kind == "estimated" for site in sites)
-
-    def _vanished(self, region: Region, structure: Structure) -> bool:
-        """What would go is nothing, by norm: the weights alone bound it."""
+        if all(self.program.evidence[site.index].kind != "estimated" for site in sites):
+            return True
+        spans = zip(sites, structure.labels, structure.labels[1:], strict=False)
         tolerance = self.program.options.tolerance
-        return all(
-            _removed_norm(self.program.affine(site), rows, columns) <= tolerance
-            for site, rows, columns in zip(
-                region.sites[structure.start : structure.stop], structure.labels, structure.labels[1:], strict=False
-            )
-        )
+        return all(removed_norm(self.program.affine(s), rows, cols) <= tolerance for s, rows, cols in spans)
 
     # Without data
 
-    def _bounded(
-        self, region: Region, structures: Sequence[Structure], budget: float
-    ) -> tuple[Judged | None, str]:
+    def _bounded(self, region: Region, structures: Sequence[Structure], budget: float) -> Verdict:
         """Plain removal of what has vanished; its share of the norm stands in for the change of the outputs."""
         if not structures:
-            return None, "no-calibration"
+            return Verdict(None, "no-calibration")
         candidate = self._candidate(region, structures, [None] * len(region.widths))
-        affine, removed = [], 0.0
+        affine, removed = [], []
         for site, (rows, columns) in zip(region.sites, partition(candidate.segments), strict=True):
             old = self.program.affine(site)
-            removed += _removed_norm(old, rows, columns)
+            removed.append(removed_norm(old, rows, columns))
             affine.append(masked(old, rows, columns))
-        if removed > budget:
-            return None, "no-calibration"
+        change = self.change + sum(removed)
+        numbers = {"change": change, "gain": candidate.gain}
+        if change > budget:
+            return Verdict(None, "no-calibration", numbers)
         if candidate.gain < WORTHWHILE:
-            return None, self._cost_reason(candidate)
-        return Judged(candidate, tuple(affine), removed), "applied"
+            return Verdict(None, _cost_reason(candidate), numbers)
+        refitted = Refitted(tuple(affine), tuple(removed), tuple(removed))
+        return Verdict(Judged(candidate, refitted, change), numbers=numbers)
 
     # With data
 
-    def _search(
-        self, region: Region, structures: Sequence[Structure], budget: float
-    ) -> tuple[Judged | None, str]:
+    def _search(self, region: Region, structures: Sequence[Structure], budget: float) -> Verdict:
         """The best of: structure, structure with fewer units, fewer units alone."""
-        assert self.calibrator is not None
-        best: Judged | None = None
-        why = "no-structure"
-        whole: list[NDArray[np.bool_] | None] = [None] * len(region.widths)
+        tried: list[Verdict] = []
         if structures:
-            candidate = self._candidate(region, structures, whole)
-            if candidate.gain < WORTHWHILE and not self.settings.reduce:
-                return None, self._cost_reason(candidate)
-            judged = self._judge(region, candidate)
-            why = "tolerance" if judged.change > budget else self._cost_reason(candidate)
-            self._note(region, judged)
-            if judged.change <= budget and candidate.gain >= WORTHWHILE:
-                best = judged
-        if not self.settings.reduce or len(region.widths) < 3:
-            return best, why
-        paths = self._paths(region)
-        for starting in [structures, ()] if structures else [()]:
-            if starting and why == "tolerance":
-                continue  # dropping units on top only adds to a change that is too large already
-            reduced = self._fewest_units(region, starting, paths(starting), budget)
-            if reduced is not None and (best is None or reduced.candidate.gain > best.candidate.gain):
-                best = reduced
-        return best, why
+            tried.append(self._as_found(region, structures, budget))
+        if self.reduce and len(region.widths) > 2:
+            # Where the structure alone changes too much, dropping units on top only adds to that.
+            starts = [structures] if structures and tried[0].reason != "tolerance" else []
+            moments = [self._calibrator.moments("fit", site, {}) for site in region.sites[1:]]
+            for start in [*starts, ()]:
+                paths = self._unit_paths(region, start, [moment.xx for moment in moments])
+                tried.append(self._fewest_units(region, start, paths, budget))
+        fitting = [verdict for verdict in tried if verdict.judged is not None]
+        if not fitting:
+            return tried[0] if structures else Verdict(None, "no-structure")
+        best = max(fitting, key=lambda verdict: verdict.numbers["gain"])
+        return replace(best, passed_over=tuple(verdict for verdict in tried[:1] if verdict.judged is None))
 
-    def _note(self, region: Region, judged: Judged) -> None:
-        if not hasattr(self, "_numbers"):
-            self._numbers: dict[str, dict[str, float]] = {}
-        self._numbers[region.name] = {"change": judged.change, "gain": judged.candidate.gain}
+    def _as_found(self, region: Region, structures: Sequence[Structure], budget: float) -> Verdict:
+        candidate = self._candidate(region, structures, [None] * len(region.widths))
+        judged = self._judge(region, candidate)
+        numbers = {"change": judged.change, "gain": candidate.gain}
+        if judged.change > budget:
+            return Verdict(None, "tolerance", numbers)
+        if candidate.gain < WORTHWHILE:
+            return Verdict(None, _cost_reason(candidate), numbers)
+        return Verdict(judged, numbers=numbers)
 
-    def _paths(self, region: Region):  # type: ignore[no-untyped-def]
-        """Moments are taken once for the original; each start only masks them by its blocks."""
-        assert self.calibrator is not None
-        moments: list[Moments] = []
-        for site in region.sites[1:]:
-            moments.append(self.calibrator.moments("fit", site, {}))
-
-        def paths(structures: Sequence[Structure]) -> list[UnitPath | None]:
-            found: list[UnitPath | None] = [None]
-            for axis, (site, moment) in enumerate(zip(region.sites[1:], moments, strict=True), start=1):
-                rows = _block_labels(region.widths, structures, axis)
-                columns = _block_labels(region.widths, structures, axis + 1)
-                same = (rows[:, None] == rows[None, :]) & (rows != DROPPED)[:, None]
-                weight = masked(self.program.affine(site), rows, columns).weight
-                found.append(unit_path(moment.xx * same, weight))
-            return [*found, None]
-
-        return paths
+    def _unit_paths(
+        self, region: Region, structures: Sequence[Structure], moments: Sequence[NDArray[np.float64]]
+    ) -> list[UnitPath | None]:
+        """For each hidden axis the order in which its units can go, given what its reader still reads."""
+        paths: list[UnitPath | None] = [None]
+        for axis, (site, xx) in enumerate(zip(region.sites[1:], moments, strict=True), start=1):
+            rows = _block_labels(region.widths, structures, axis)
+            columns = _block_labels(region.widths, structures, axis + 1)
+            together = (rows[:, None] == rows[None, :]) & (rows != DROPPED)[:, None]
+            weight = masked(self.program.affine(site), rows, columns).weight
+            paths.append(unit_path(xx * together, weight))
+        return [*paths, None]
 
     def _fewest_units(
         self,
@@ -296,9 +284,9 @@ class Planner:
         structures: Sequence[Structure],
         paths: Sequence[UnitPath | None],
         budget: float,
-    ) -> Judged | None:
+    ) -> Verdict:
         """Bisection over THRESHOLDS for the largest reduction whose measured change fits the budget."""
-        best: Judged | None = None
+        best = Verdict(None, "no-redundancy")
         low, high = 0, len(THRESHOLDS) - 1
         while low <= high:
             middle = (low + high) // 2
@@ -309,28 +297,30 @@ class Planner:
                 continue
             judged = self._judge(region, candidate)
             if judged.change <= budget:
-                best, high = judged, middle - 1
+                best = Verdict(judged, numbers={"change": judged.change, "gain": candidate.gain})
+                high = middle - 1
             else:
                 low = middle + 1
         return best
 
+    @property
+    def _calibrator(self) -> Calibrator:
+        calibrator: Calibrator = self.program.shared["calibrator"]
+        return calibrator
+
     def _judge(self, region: Region, candidate: Candidate) -> Judged:
-        assert self.calibrator is not None
         old = [self.program.affine(site) for site in region.sites]
-        refitted = refit_run(self.calibrator, region.sites, old, partition(candidate.segments), self.upstream)
+        refitted = refit_run(
+            self._calibrator, region.sites, old, partition(candidate.segments), self.upstream
+        )
         placed = self.upstream | {
             site.index: affine for site, affine in zip(region.sites, refitted.affine, strict=True)
         }
-        return Judged(candidate, refitted.affine, self._change(placed))
-
-    def _change(self, placed: dict[int, Affine]) -> float:
-        assert self.calibrator is not None
-        probe = self.calibrator.probe
-        pairs = ((probe.run(feeds, {}), probe.run(feeds, placed)) for feeds in self.calibrator.feeds("select"))
-        options = self.program.options
-        return compare_outputs(pairs, options.metric, options.tolerance).largest
-
-    # Cost
+        probe, options = self._calibrator.probe, self.program.options
+        pairs = (
+            (probe.run(feeds, {}), probe.run(feeds, placed)) for feeds in self._calibrator.feeds("select")
+        )
+        return Judged(candidate, refitted, compare_outputs(pairs, options.metric, options.tolerance).largest)
 
     def _candidate(
         self,
@@ -338,28 +328,26 @@ class Planner:
         structures: Sequence[Structure],
         keep: Sequence[NDArray[np.bool_] | None],
     ) -> Candidate:
-        rows = self._rows(region)
-        segments = with_best_forms(self.cost, rows, compose(region.widths, structures, keep))
+        cost: CostModel = self.program.shared["cost"]
+        per_sample = self.program.shared.get("rows_per_sample", {}).get(region.sites[0].index, 1)
+        rows = int(self.program.shared.get("latency_samples", DEFAULT_ROWS)) * int(per_sample)
+        segments = with_best_forms(cost, rows, compose(region.widths, structures, keep))
         dense = compose(region.widths, (), [None] * len(region.widths))
-        objective = self.program.options.objective
-        if objective == "latency":
-            before = region_time(self.cost, rows, dense, layouts(dense))
-            after = region_time(self.cost, rows, segments, layouts(segments))
-        else:  # one multiply-add for each stored weight: the two counts have the same ratio
-            before = float(sum(flops for segment in dense for flops in kept_flops(segment)))
-            after = float(sum(flops for segment in segments for flops in kept_flops(segment)))
+        if self.program.options.objective == "latency":
+            before, after = (region_time(cost, rows, way, layouts(way)) for way in (dense, segments))
+        else:  # a multiply-add for each stored weight: FLOPs and bytes have the same ratio
+            before, after = (float(sum(map(sum, map(kept_flops, way)))) for way in (dense, segments))
         return Candidate(segments, before / max(after, 1e-9))
 
-    def _rows(self, region: Region) -> int:
-        per_sample = self.program.shared.get("rows_per_sample", {}).get(region.sites[0].index, 1)
-        return int(self.program.shared.get("latency_samples", DEFAULT_ROWS)) * int(per_sample)
 
-    def _cost_reason(self, candidate: Candidate) -> str:
-        gathers = any(layout.gather for layout in layouts(candidate.segments))
-        return "permutation-cost" if gathers else "not-faster"
+def _cost_reason(candidate: Candidate) -> str:
+    """What stands in the way of a gain."""
+    gathers = any(layout.gather for layout in layouts(candidate.segments))
+    return "permutation-cost" if gathers else "not-faster"
 
 
-def _removed_norm(affine: Affine, rows: Labels, columns: Labels) -> float:
+def removed_norm(affine: Affine, rows: Labels, columns: Labels) -> float:
     """Norm of the entries that go, over the norm of the matrix."""
-    gone = np.where((rows[:, None] == columns[None, :]) & (rows != DROPPED)[:, None], 0.0, affine.weight)
+    stays = (rows[:, None] == columns[None, :]) & (rows != DROPPED)[:, None]
+    gone = np.where(stays, np.float32(0), affine.weight)
     return float(np.linalg.norm(gone) / max(float(np.linalg.norm(affine.weight)), 1e-30))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -21,7 +21,8 @@ from onnx_decomp.passes.folding import Layout, blocks_in_order, layouts
 from onnx_decomp.program import DROPPED, Program, Rewrite, Segment
 from onnx_decomp.sites import Affine, GraphIndex, Site, nested_graphs
 
-Value = gs.Tensor
+Value: TypeAlias = Any
+"""A graphsurgeon tensor; its own annotations are not for type checkers."""
 
 
 @dataclass
@@ -157,9 +158,7 @@ class Writer:
 
     # Forms
 
-    def _branches(
-        self, value: Value, segment: Segment, orders: Sequence[Layout], into: str | None
-    ) -> Value:
+    def _branches(self, value: Value, segment: Segment, orders: Sequence[Layout], into: str | None) -> Value:
         """One Split, a chain of Gemms for each block, one Concat; a single block needs neither."""
         make, region = self.fragment, self.rewrite.region
         first, last = region.sites[segment.start], region.sites[segment.stop - 1]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from onnx_decomp import cli, errors
@@ -78,6 +79,13 @@ def test_help_is_fast_and_lists_options_and_commands() -> None:
     assert "explain" in shown
     for heavy in ("numpy", "onnx", "onnxruntime", "scipy", "rich", "jinja2"):
         assert f"'{heavy}'" not in shown, f"--help imports {heavy}"
+
+
+def test_the_documentation_has_every_option() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "command.md").read_text(encoding="utf-8")
+    for param in cli.compile_command.params:
+        if isinstance(param, click.Option):
+            assert f"`{(param.secondary_opts or param.opts)[0]}" in text, param.name
 
 
 def test_compile_is_the_default_command(
@@ -298,6 +306,16 @@ def test_progress_is_optional() -> None:
     for progress in (Silent(), cli.Bars()):
         progress.stage("planning [bold]\x1b")
         progress.advance(1, 3)
+
+
+def test_warnings_of_libraries_stay_out_of_sight() -> None:
+    program = (
+        "import warnings, onnx_decomp.cli as cli; cli._check_files = lambda *_: warnings.warn('numpy'); "
+    )
+    program += "cli.main(['a.onnx', 'b.onnx'])"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stderr
+    assert "numpy" not in shown
+    assert "a.onnx" in shown
 
 
 def test_explain_prints_the_story_of_a_node(compiler: FakeCompiler, tmp_path: Path, capsys: Capture) -> None:

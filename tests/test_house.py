@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 HOUSE = ("onnx_decomp", "passes", "pyproject.toml", "README.md", "LICENSE")
+LINT_IMPORTS = "from importlinter.cli import lint_imports_command as lint; lint(['--no-logo', '--no-cache'])"
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.egg-info")
 
 
@@ -60,7 +61,7 @@ def test_passes_is_reached_through_a_symlink() -> None:
 
 @needs("mypy")
 def test_a_type_error_in_a_pass_fails(house: Path) -> None:
-    # The copy is reduced to its bones: what is proved is that the settings reach `passes`, not that numpy has types.
+    # Only the bones of the copy stay: what is proved is that the settings reach `passes`, in a second.
     for package in ("onnx_decomp", "passes"):
         for path in (house / package).glob("*.py"):
             path.write_text("")
@@ -84,7 +85,7 @@ def test_a_type_error_in_a_pass_fails(house: Path) -> None:
 def test_an_upward_import_fails(house: Path, place: str, imported: str) -> None:
     with (house / place).open("a") as file:
         file.write(f"\nimport {imported}  # planted\n")
-    checked = run("-m", "importlinter.cli", "lint", "--no-cache", cwd=house)
+    checked = run("-c", LINT_IMPORTS, cwd=house)
     module = f"onnx_decomp.{place.removeprefix('onnx_decomp/').removesuffix('.py').replace('/', '.')}"
     assert checked.returncode == 1
     assert f"{module} -> {imported}" in checked.stdout
@@ -93,7 +94,7 @@ def test_an_upward_import_fails(house: Path, place: str, imported: str) -> None:
 @needs("importlinter")
 def test_a_file_without_a_place_fails(house: Path) -> None:
     (house / "onnx_decomp" / "elsewhere.py").write_text("")
-    checked = run("-m", "importlinter.cli", "lint", "--no-cache", cwd=house)
+    checked = run("-c", LINT_IMPORTS, cwd=house)
     assert checked.returncode == 1
     assert "elsewhere" in checked.stdout
 

@@ -284,6 +284,7 @@ def test_outputs_that_cannot_be(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=match):
             check_output(path, out)
+    check_output(tmp_path / "none.onnx", path)  # a missing input is for `load` to report
     with pytest.raises(UsageError, match="data file of the input"):
         copy(load(path), tmp_path / "w.bin")
 

@@ -69,8 +69,9 @@ def make_program(node: str = "fc1", keep: bool = True) -> Program:
     program.structures[region.name] = (Structure(0, 2, labels, 2, "exact", 0.005, 1.0),)
     if keep:
         segment = Segment(0, 2, labels, 2, "chain")
+        errors = ((2e-4, 4e-4), (1e-4, 2e-4))
         affine = tuple(program.affine(site) for site in region.sites)
-        program.rewrites.append(Rewrite(region, (segment,), affine, "split", "applied", 2e-4, 2.0))
+        program.rewrites.append(Rewrite(region, (segment,), affine, "split", "applied", errors=errors))
     else:
         program.decide("planning", region.sites[0], "declined", "not-faster", gain=0.9)
     program.shared["rows_per_sample"] = {0: 10, 1: 10}
@@ -107,7 +108,7 @@ def shown(report: Report, **options: Any) -> str:
 
 
 def test_fields_that_others_rely_on() -> None:
-    report = build_report(region_errors={"region_000": 4e-4})
+    report = build_report()
     assert list(report) == [
         "schema", "verdict", "warnings", "input", "output", "options", "versions", "seed", "seconds", "kept",
         "history", "init", "data", "sites", "verify", "rewrite", "latency",
@@ -257,6 +258,12 @@ def test_story_of_a_site_names_reason_and_numbers() -> None:
 
 def test_an_unknown_reason_stays_as_it_is() -> None:
     assert explain("from-a-plugin") == "from-a-plugin"
+
+
+def test_the_documentation_has_every_reason() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "report.md").read_text(encoding="utf-8")
+    for code, sentence in REASONS.items():
+        assert f"| `{code}` | {sentence} |" in text
 
 
 def test_printable() -> None:
