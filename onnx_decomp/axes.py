@@ -14,18 +14,47 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from onnx_decomp.sites import GraphIndex, Site, attribute
+from onnx_decomp.sites import GraphIndex, Site
 
 UNARY = frozenset(
-    "Relu LeakyRelu Elu Selu Celu Gelu Erf Tanh Sigmoid HardSigmoid HardSwish Swish Mish Softplus Softsign "
-    "ThresholdedRelu Abs Neg Exp Log Sqrt Reciprocal Sin Cos Floor Ceil Round Sign Identity".split()
+    # fmt: off
+    {
+        "Relu",
+        "LeakyRelu",
+        "Elu",
+        "Selu",
+        "Celu",
+        "Gelu",
+        "Erf",
+        "Tanh",
+        "Sigmoid",
+        "HardSigmoid",
+        "HardSwish",
+        "Swish",
+        "Mish",
+        "Softplus",
+        "Softsign",
+        "ThresholdedRelu",
+        "Abs",
+        "Neg",
+        "Exp",
+        "Log",
+        "Sqrt",
+        "Reciprocal",
+        "Sin",
+        "Cos",
+        "Floor",
+        "Ceil",
+        "Round",
+        "Sign",
+        "Identity",
+    }
+    # fmt: on
 )
-BINARY = frozenset("Add Sub Mul Div Pow Min Max PRelu Sum Mean".split())
+BINARY = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "PRelu", "Sum", "Mean"})
 WITH_SCALARS = frozenset({"Clip"})
-MICROSOFT = frozenset("Gelu FastGelu QuickGelu BiasGelu".split())
+MICROSOFT = frozenset({"Gelu", "FastGelu", "QuickGelu", "BiasGelu"})
+"""Operators that act on each unit alone, given operands that are scalars or have one value for each unit."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +122,7 @@ def find_regions(index: GraphIndex, sites: Sequence[Site]) -> list[Region]:
         if link is not None:
             follow[site.index] = (link, readers[link.exit])
     reached = {target.index for _, target in follow.values()}
-    regions = []
+    regions: list[Region] = []
     for site in usable:
         if site.index in reached:
             continue
@@ -193,13 +222,3 @@ def _elementwise(index: GraphIndex, position: int, width: int) -> list[str] | No
             return None
         channels.append(name)
     return channels
-
-
-def channel_constant(index: GraphIndex, name: str) -> NDArray[np.generic]:
-    """A per-unit constant of a link; its last axis is the unit."""
-    array = index.constant(name)
-    assert array is not None
-    return array
-
-
-__all__ = ["AxisGroup", "Link", "Region", "attribute", "channel_constant", "find_regions"]

@@ -36,7 +36,7 @@ from onnx_decomp.probe import Probe
 from onnx_decomp.program import Program, Rewrite
 from onnx_decomp.progress import Progress, Silent
 from onnx_decomp.report import Measured, build, record_output
-from onnx_decomp.runtime import Session, open_session
+from onnx_decomp.runtime import Device, Session, open_session
 from onnx_decomp.sites import GraphIndex, find_sites
 
 MAX_ROUNDS = 8
@@ -79,9 +79,9 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     gates: Gates = field(default_factory=Gates)
-    target: str = "cpu"
+    target: Device = "cpu"
     """Provider whose forms are written."""
-    provider: str = "cpu"
+    provider: Device = "cpu"
     """Provider that things are measured on here."""
 
     def compile(self) -> tuple[Program, onnx.ModelProto | None]:

@@ -28,6 +28,8 @@ Labels = NDArray[np.int32]
 
 DROPPED = -1
 
+Form = Literal["dense", "chain", "parallel", "batched"]
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -87,7 +89,7 @@ class Segment:
     stop: int
     labels: tuple[Labels, ...]
     blocks: int
-    form: Literal["dense", "chain", "parallel", "batched"] = "dense"
+    form: Form = "dense"
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,10 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a pass decided about a site, with the evidence as numbers. A reason is a stable code that tests assert on."""
+    """What a pass decided about a site, with the evidence as numbers.
+
+    A reason is a stable code, explained in `report.REASONS`; tests assert on it.
+    """
 
     where: str
     site: int

@@ -21,7 +21,10 @@ from numpy.typing import NDArray
 
 from onnx_decomp.errors import InputError
 
-FLOATS = {onnx.TensorProto.FLOAT: np.dtype(np.float32), onnx.TensorProto.FLOAT16: np.dtype(np.float16)}
+FLOATS: dict[int, np.dtype[Any]] = {
+    onnx.TensorProto.FLOAT: np.dtype(np.float32),
+    onnx.TensorProto.FLOAT16: np.dtype(np.float16),
+}
 """Weight types that are decomposed; any other is declined with the reason `weight-type`."""
 
 TensorReader = Callable[[onnx.TensorProto], NDArray[Any]]
@@ -123,7 +126,8 @@ class GraphIndex:
                 )
 
     def node(self, position: int) -> onnx.NodeProto:
-        return self.proto.graph.node[position]
+        node: onnx.NodeProto = self.proto.graph.node[position]
+        return node
 
     def rank(self, tensor: str) -> int | None:
         shape = self.shapes.get(tensor)
@@ -182,7 +186,8 @@ def constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
         return None
     for item in node.attribute:
         if item.name == "value":
-            return item.t
+            tensor: onnx.TensorProto = item.t
+            return tensor
         if item.name in ("value_float", "value_floats"):
             values = item.f if item.name == "value_float" else list(item.floats)
             return onnx.numpy_helper.from_array(np.asarray(values, np.float32), node.output[0])
@@ -221,7 +226,7 @@ def find_sites(index: GraphIndex) -> list[Site]:
                 sites.append(site)
         for nested in nested_graphs(node):
             sites.extend(_nested_sites(index, nested, f"{node.op_type.lower()}:{node.name}", len(sites)))
-    return _mark_shared(index, sites)
+    return _mark_shared(sites)
 
 
 def _read_site(index: GraphIndex, position: int, node: onnx.NodeProto, number: int) -> Site | None:
@@ -238,7 +243,9 @@ def _read_site(index: GraphIndex, position: int, node: onnx.NodeProto, number: i
     obstacle = None if tensor.data_type in FLOATS else "weight-type"
     if 0 in shape:
         obstacle = "empty-weight"
-    bias, output, nodes, beta = None, node.output[0], (position,), 1.0
+    bias: str | None = None
+    output, beta = node.output[0], 1.0
+    nodes: tuple[int, ...] = (position,)
     if node.op_type == "Gemm":
         if attribute(node, "transA", 0):
             obstacle = obstacle or "transposed-input"
@@ -348,7 +355,7 @@ def _nested_sites(index: GraphIndex, graph: onnx.GraphProto, where: str, number:
                 number += 1
 
 
-def _mark_shared(index: GraphIndex, sites: list[Site]) -> list[Site]:
+def _mark_shared(sites: list[Site]) -> list[Site]:
     """A weight used by several sites stays: splitting one use would leave two versions of it in the file."""
     uses: dict[str, int] = defaultdict(int)
     for site in sites:

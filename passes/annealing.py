@@ -81,7 +81,7 @@ class Options:
 # --- the whole run ------------------------------------------------------------------------------------------------
 
 
-def find_structure(evidence: Sequence[Evidence | None], options: Options = Options()) -> Finding:  # noqa: B008
+def find_structure(evidence: Sequence[Evidence | None], options: Options = Options()) -> Finding:
     """Blocks of consecutive layers; evidence[l].z is [width l, width l+1]. None, or a misfit, cuts the run."""
     structures: list[Structure] = []
     reasons: dict[int, Reason] = {}
@@ -262,7 +262,11 @@ def replace_labels(state: State, labels: Grouping) -> State:
 
 
 def _search(
-    layers: Sequence[Layer], embedding: Sequence[Matrix], guess: int, rng: np.random.Generator, options: Options
+    layers: Sequence[Layer],
+    embedding: Sequence[Matrix],
+    guess: int,
+    rng: np.random.Generator,
+    options: Options,
 ) -> State:
     """Anneal from the spectral guess and from more blocks than that, which then merge; keep the shortest description.
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
-from onnx_decomp.calibration import Data
+from onnx_decomp.calibration import Data, Part
 from onnx_decomp.probe import Feeds, Probe
 from onnx_decomp.program import DROPPED, Labels
 from onnx_decomp.sites import Affine, Site
@@ -27,6 +27,9 @@ Array = NDArray[np.float64]
 
 RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, np.inf)
 """Candidates for lam, relative to the mean variance of a block's inputs."""
+
+
+TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def refit(moments: Moments, affine: Affine, rows: Labels, columns: Labels, ridge
             weight[at] = old
             continue
         xx = moments.xx[np.ix_(block_rows, block_rows)]
-        lam = ridge * max(float(np.trace(xx)) / len(xx), np.finfo(np.float32).tiny)
+        lam = ridge * max(float(np.trace(xx)) / len(xx), TINY)
         system = xx + lam * np.eye(len(xx))
         weight[at] = linalg.solve(system, moments.xy[at] + lam * old, assume_a="pos", overwrite_a=True)
     bias = moments.mean_y - moments.mean_x @ weight
@@ -154,12 +157,12 @@ class Calibrator:
     data: Data
     batch: int = 512
 
-    def moments(self, part: str, site: Site, affine: Mapping[int, Affine]) -> Moments:
+    def moments(self, part: Part, site: Site, affine: Mapping[int, Affine]) -> Moments:
         """Moments of x as the model with `affine` feeds it, and y as the original makes it."""
         return accumulate(self._pairs(part, site, affine))
 
     def _pairs(
-        self, part: str, site: Site, affine: Mapping[int, Affine]
+        self, part: Part, site: Site, affine: Mapping[int, Affine]
     ) -> Iterator[tuple[NDArray[np.floating], NDArray[np.floating]]]:
         for feeds in self.data.batches(part, self.batch):
             if affine:
@@ -170,7 +173,7 @@ class Calibrator:
                 x, y = both[site.input], both[site.output]
             yield x, y
 
-    def feeds(self, part: str) -> Iterator[Feeds]:
+    def feeds(self, part: Part) -> Iterator[Feeds]:
         yield from self.data.batches(part, self.batch)
 
 

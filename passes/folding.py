@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_decomp.program import DROPPED, Labels, Segment, Structure
+from onnx_decomp.program import DROPPED, Form, Labels, Segment, Structure
 
 Indices = NDArray[np.intp]
 
@@ -180,7 +180,7 @@ def partition(segments: Sequence[Segment]) -> list[tuple[Labels, Labels]]:
     ]
 
 
-def forms(segment: Segment) -> Iterator[str]:
+def forms(segment: Segment) -> Iterator[Form]:
     """Forms in which a segment can be written at all."""
     if segment.blocks == 1:
         yield "dense"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from onnx_decomp.metrics import compare_outputs
 from onnx_decomp.passes.compensation import Calibrator, Refitted, masked, refit_run
 from onnx_decomp.passes.folding import Layout, block_sizes, compose, forms, kept_flops, layouts, partition
 from onnx_decomp.passes.reduction import UnitPath, round_up, unit_path
-from onnx_decomp.program import DROPPED, Labels, Program, Rewrite, Segment, Structure
+from onnx_decomp.program import DROPPED, Form, Labels, Program, Rewrite, Segment, Structure
 from onnx_decomp.sites import Affine
 
 THRESHOLDS = tuple(np.geomspace(0.7, 1e-5, 24))
@@ -54,19 +55,17 @@ class Judged:
     change: float
 
 
-def segment_time(cost: CostModel, rows: int, segment: Segment, form: str) -> float:
+def segment_time(cost: CostModel, rows: int, segment: Segment, form: Form) -> float:
     """Predicted microseconds of one segment in the given form."""
     axes = range(segment.start, segment.stop + 1)
     sizes = [block_sizes(segment, axis) for axis in axes]
     if form == "dense":
-        return sum(cost.dense(rows, sum(k), sum(n)) for k, n in zip(sizes, sizes[1:], strict=False))
+        return sum(cost.dense(rows, sum(k), sum(n)) for k, n in pairwise(sizes))
     if form == "batched":
-        return sum(
-            cost.batched(rows, segment.blocks, k[0], n[0]) for k, n in zip(sizes, sizes[1:], strict=False)
-        )
+        return sum(cost.batched(rows, segment.blocks, k[0], n[0]) for k, n in pairwise(sizes))
     if form == "parallel":
         return cost.parallel(rows, sizes[0], sizes[1])
-    layers = [list(zip(k, n, strict=True)) for k, n in zip(sizes, sizes[1:], strict=False)]
+    layers = [list(zip(k, n, strict=True)) for k, n in pairwise(sizes)]
     return cost.chain(rows, layers)
 
 
@@ -163,7 +162,7 @@ class Planner:
     change: float = 0.0
 
     def plan(self, region: Region, budget: float) -> Verdict:
-        """The best way to write one region under a budget of change to the outputs, that of earlier regions included."""
+        """The best way to write one region; the budget of change to the outputs includes that of earlier regions."""
         refusal = self._refusal(region)
         if refusal is not None:
             return Verdict(None, refusal)

@@ -21,6 +21,7 @@ Array = NDArray[np.float64]
 
 STEPS = 256
 """Rounds of the greedy path: widths up to this lose one unit a round."""
+TINY = float(np.finfo(np.float32).tiny)
 RIDGE = 1e-6
 """Relative to the mean variance of a unit; keeps H invertible where units are dead or copies of each other."""
 
@@ -46,7 +47,7 @@ class UnitPath:
 def unit_path(xx: Array, weight: NDArray[np.floating]) -> UnitPath:
     """The greedy path for units with centred second moments xx [H, H], read through weight [H, N]."""
     size = len(xx)
-    lam = RIDGE * max(float(np.trace(xx)) / size, np.finfo(np.float32).tiny)
+    lam = RIDGE * max(float(np.trace(xx)) / size, TINY)
     inverse = linalg.inv(xx + lam * np.eye(size), overwrite_a=True, check_finite=False)
     w = weight.astype(np.float64).copy()
     total = max(float(np.sum(w * (xx @ w))), np.finfo(np.float64).tiny)

@@ -322,11 +322,12 @@ def _sequence(labels: NDArray[np.int32], layout: Layout) -> list[int]:
 
 def _members(labels: NDArray[np.int32], layout: Layout, block: int) -> NDArray[np.intp]:
     """Elements of a block, in the order in which the axis stores them."""
-    return layout.order[labels[layout.order] == block]
+    members: NDArray[np.intp] = layout.order[labels[layout.order] == block]
+    return members
 
 
 def emit(index: GraphIndex, rewrites: Sequence[Rewrite], opset: int) -> onnx.ModelProto:
-    """The original with every rewrite's region replaced. Pure: the original stays, the result depends on nothing else."""
+    """The original with every rewrite's region replaced; a pure function, the original stays as it is."""
     model = onnx.ModelProto()
     model.CopyFrom(index.proto)
     graph = model.graph
