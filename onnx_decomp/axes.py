@@ -16,41 +16,13 @@ from dataclasses import dataclass
 
 from onnx_decomp.sites import GraphIndex, Site
 
-UNARY = frozenset(
-    # fmt: off
-    {
-        "Relu",
-        "LeakyRelu",
-        "Elu",
-        "Selu",
-        "Celu",
-        "Gelu",
-        "Erf",
-        "Tanh",
-        "Sigmoid",
-        "HardSigmoid",
-        "HardSwish",
-        "Swish",
-        "Mish",
-        "Softplus",
-        "Softsign",
-        "ThresholdedRelu",
-        "Abs",
-        "Neg",
-        "Exp",
-        "Log",
-        "Sqrt",
-        "Reciprocal",
-        "Sin",
-        "Cos",
-        "Floor",
-        "Ceil",
-        "Round",
-        "Sign",
-        "Identity",
-    }
-    # fmt: on
-)
+# fmt: off
+UNARY = frozenset({
+    "Relu", "LeakyRelu", "Elu", "Selu", "Celu", "Gelu", "Erf", "Tanh", "Sigmoid", "HardSigmoid", "HardSwish", "Swish",
+    "Mish", "Softplus", "Softsign", "ThresholdedRelu", "Abs", "Neg", "Exp", "Log", "Sqrt", "Reciprocal", "Sin", "Cos",
+    "Floor", "Ceil", "Round", "Sign", "Identity",
+})
+# fmt: on
 BINARY = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "PRelu", "Sum", "Mean"})
 WITH_SCALARS = frozenset({"Clip"})
 MICROSOFT = frozenset({"Gelu", "FastGelu", "QuickGelu", "BiasGelu"})

@@ -44,6 +44,9 @@ MAX_ROUNDS = 8
 
 SYNTHETIC_SAMPLES = 64
 
+ROWS_PER_INPUT = 10
+"""Calibration rows for each input of a site under which refits are known to suffer."""
+
 FLOAT_NOISE = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 2e-2}
 """Largest relative difference between the written model and the dense-equivalent one, by weight type."""
 
@@ -116,7 +119,7 @@ class Run:
             data = calibration.synthetic(proto, SYNTHETIC_SAMPLES, self.options.seed)
         self.warnings += data.warnings
         program = Program(
-            self.source, self.options, index, sites, find_regions(index, sites), data, self.provider
+            self.source, self.options, index, sites, find_regions(index, sites), data, self.progress
         )
         for site in sites:
             if site.obstacle is not None:
@@ -178,6 +181,26 @@ class Run:
             probe = Probe(program.index, sites, self.source.folder)
             program.shared["calibrator"] = Calibrator(probe, program.data)
             program.shared["rows_per_sample"] = self._rows_per_sample(program)
+            self._warn_of_few_rows(program)
+
+    def _warn_of_few_rows(self, program: Program) -> None:
+        """A refit on too few rows generalises badly; the select part will see it, the user should know why."""
+        if program.data.kind != "calibration":
+            return
+        samples, per_sample = program.data.samples("fit"), program.shared["rows_per_sample"]
+        short = [
+            site
+            for region in program.regions
+            for site in region.sites
+            if samples * per_sample[site.index] < ROWS_PER_INPUT * site.shape[0]
+        ]
+        if short:
+            widest = max(short, key=lambda site: site.shape[0])
+            rows = samples * per_sample[widest.index]
+            self.warnings.append(
+                f"{rows} calibration rows to fit on are few for {widest.name} with {widest.shape[0]} inputs: "
+                f"{ROWS_PER_INPUT} for each input let more be removed"
+            )
 
     def _rows_per_sample(self, program: Program) -> dict[int, int]:
         calibrator: Calibrator = program.shared["calibrator"]

@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnx_decomp.axes import Region
+from onnx_decomp.progress import Progress, Silent
 from onnx_decomp.sites import Affine, GraphIndex, Site, read_affine
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Program:
     sites: list[Site]
     regions: list[Region]
     data: Data
-    provider: str = "cpu"
+    progress: Progress = field(default_factory=Silent)
     init: InitStats | None = None
     evidence: dict[int, Evidence] = field(default_factory=dict)
     structures: dict[str, tuple[Structure, ...]] = field(default_factory=dict)

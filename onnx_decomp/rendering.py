@@ -158,8 +158,15 @@ def _row(site: Mapping[str, Any]) -> tuple[str, ...]:
         site["form"] or "-",
         _number(site["flop_ratio"]),
         _number(measured),
-        explain(site["reason"]) if site["reason"] else "-",
+        _why(site),
     )
+
+
+def _why(site: Mapping[str, Any]) -> str:
+    """The reason in words; where blocks were found and something else was done, also what spoke against them."""
+    why = explain(site["reason"]) if site["reason"] else "-"
+    unused = site["structure"]["unused"] if site["structure"] else None
+    return why if unused in (None, site["reason"]) else f"{why}; blocks not used: {explain(unused)}"
 
 
 def _left_alone(report: Report) -> Iterator[str]:

@@ -37,7 +37,7 @@ Span = TypeVar("Span", Structure, Segment)
 
 REASONS: Mapping[str, str] = {
     "already-compiled": "the model is already decomposed; --force compiles it again",
-    "applied": "decomposed, verified and kept",
+    "applied": "verified and kept",
     "banned": "a gate undid this region in an earlier round",
     "bias-not-constant": "the bias is computed while the model runs, so nothing can be folded into it",
     "cannot-verify": "the model can't be run here, so no change to it could be checked",
@@ -47,6 +47,7 @@ REASONS: Mapping[str, str] = {
     "latency": "it was decomposed, measured, found not faster, and undone",
     "nested-graph": "it lies in the body of an If, Loop or Scan, which is left as it is",
     "no-calibration": "there is no calibration data to compensate and verify on; --calib gives it",
+    "no-redundancy": "every hidden unit is needed at this tolerance",
     "no-structure": "training connected all of it: no independent blocks were found",
     "not-better-than-shuffled": "blocks as good as these are found in shuffled weights too: they are chance",
     "not-faster": "the smaller form is predicted to be no faster than the dense one",
@@ -241,7 +242,7 @@ def _sites(program: Program) -> list[Report]:
                 "graph": site.graph,
                 "region": region,
                 **_evidence(program, site),
-                "structure": _structure(structure, position),
+                "structure": _structure(structure, position, _unused(program, site, rewrite, position)),
                 **_outcome(site, rewrite, position),
                 "reason": _reason(program, site, region, rewrite),
                 "error": _errors(rewrite, position),
@@ -283,11 +284,21 @@ def _evidence(program: Program, site: Site) -> Report:
     }
 
 
-def _structure(structure: Structure | None, position: int) -> Report | None:
+def _unused(program: Program, site: Site, rewrite: Rewrite | None, position: int) -> str | None:
+    """Why the blocks that were found at a site were not written, even if it was reduced otherwise."""
+    segment = _covering(rewrite.segments, position) if rewrite else None
+    if segment is not None and segment.blocks > 1:
+        return None
+    declined = [d.reason for d in program.decisions if d.site == site.index and d.verdict == "declined"]
+    return declined[-1] if declined else None
+
+
+def _structure(structure: Structure | None, position: int, unused: str | None) -> Report | None:
     if structure is None:
         return None
     blocks = [{"rows": rows, "cols": columns} for rows, columns in _blocks(structure, position)]
-    return {"blocks": blocks, "kind": structure.kind, "p": structure.p, "stability": structure.stability}
+    found = {"blocks": blocks, "kind": structure.kind, "p": structure.p, "stability": structure.stability}
+    return {**found, "unused": unused}
 
 
 def _outcome(site: Site, rewrite: Rewrite | None, position: int) -> Report:

@@ -275,29 +275,33 @@ def _search(
     """
     most = max(2, min(MOST, *(min(layer.codes.shape) for layer in layers)))
     first = min(max(guess, 2), most)
-    found = []
-    for G in sorted({first, min(first + 1 + first // 4, most), min(first + 2 + first // 2, most)}):
-        labels = cluster(embedding, G, rng)
-        found.append(_consolidate(layers, anneal(layers, labels, G, rng, options), rng, options))
-    return max(found, key=lambda state: state.gain)
+    best: State | None = None
+    for G in dict.fromkeys(min(G, most) for G in (first, *(first + 1 + first // part for part in (4, 2, 1)), 8, 16, 28)):
+        if best is not None and best.gain > 0 and G > 2 * best.blocks + 1:
+            continue
+        state = _consolidate(layers, anneal(layers, cluster(embedding, G, rng), G, rng, options), rng, options)
+        best = state if best is None or state.gain > best.gain else best
+    assert best is not None
+    return best
 
 
 def _consolidate(layers: Sequence[Layer], state: State, rng: np.random.Generator, options: Options) -> State:
     """Merge pairs of blocks, best first, while their common entries look learned; then settle again."""
     while state.blocks > 2:
         joint = np.zeros((state.blocks, state.blocks))
-        for layer, table, (rows, cols) in zip(
-            layers, ratios(layers, state.labels, state.blocks), pairwise(state.labels), strict=True
-        ):
-            scores = layer.spread(np.log(table))
-            joint += one_hot(rows, state.blocks).T @ (scores @ one_hot(cols, state.blocks))
+        tables = ratios(layers, state.labels, state.blocks)
+        for layer, table, (rows, cols) in zip(layers, tables, pairwise(state.labels), strict=True):
+            inside = layer.spread(np.log(table)) @ one_hot(cols, state.blocks)
+            joint += one_hot(rows, state.blocks).T @ inside
         joint += joint.T
         np.fill_diagonal(joint, -np.inf)
         g, h = (int(i) for i in np.unravel_index(int(joint.argmax()), joint.shape))
+        if joint[g, h] <= 0:
+            return state
         merged = merge(layers, state, g, h)
         settled = anneal(layers, merged.labels, merged.blocks, rng, replace(options, sweeps=0))
         if settled.gain <= state.gain:
-            break
+            return state
         state = settled
     return state
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -168,17 +169,15 @@ def two_lines(w: NDArray[np.floating], w0: NDArray[np.floating] | None) -> Lines
     if len(w) < 20 or not w.any():
         return Lines(np.zeros(2), np.full(2, float(w.std()) if len(w) else 0.0), np.array([1.0, 0.0]), False)
     one = _em(w, base, np.zeros((1, len(w))), 1)
-    starts = [0.0] if w0 is None else [0.0, 1.0, float(one[0][0])]
-    few = slice(0, 20_000)
+    slopes = [0.0] if w0 is None else [0.0, 1.0, float(one[0][0])]
+    few = slice(0, 1 << 16)
     trials = []
-    for c in starts:
-        distance = np.abs(w - c * base)
-        near = distance < np.median(distance)
-        hard = np.where(np.stack([near, ~near]), 0.0, -3.0)
-        slope, sigma, share, _ = _em(w[few], base[few], hard[:, few], 40)
-        trials.append(_em(w, base, _log_density(w, base, slope, sigma, share), 3))
-    start = max(trials, key=lambda trial: trial[3])
-    two = _em(w, base, _log_density(w, base, *start[:3]), 40)
+    for start in product(slopes, slopes):
+        sigma = float((w - start[0] * base).std()) * np.array([0.8, 1.4])
+        log_start = _log_density(w[few], base[few], np.array(start), sigma, np.array([0.8, 0.2]))
+        trials.append(_em(w[few], base[few], log_start, 12))
+    best = max(trials, key=lambda trial: trial[3])
+    two = _em(w, base, _log_density(w, base, *best[:3]), 60)
     gain = two[3] - one[3]
     chosen = two if gain > 2.5 * np.log(len(w)) and two[2].min() > 0.005 else one
     slope, sigma, share, _ = chosen

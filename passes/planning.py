@@ -8,7 +8,7 @@ by what it removes. Without calibration data only what the weights alone bound i
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
@@ -138,9 +138,11 @@ class Planning:
 
     def run(self, program: Program) -> None:
         program.rewrites = []
+        program.decisions = [d for d in program.decisions if d.where != self.name]  # of an earlier round
         planner = Planner(program, self.reduce)
         flops = [sum(site.flops for site in region.sites) for region in program.regions]
-        for region, seen in zip(program.regions, np.cumsum(flops), strict=True):
+        for done, (region, seen) in enumerate(zip(program.regions, np.cumsum(flops), strict=True)):
+            program.progress.advance(done, len(program.regions))
             # Errors of separate regions add up like independent ones: each may use its share of the square.
             share = float(np.sqrt(seen / sum(flops)))
             verdict = planner.plan(region, program.options.tolerance * MARGIN * share)
@@ -258,11 +260,28 @@ class Planner:
         candidate = self._candidate(region, structures, [None] * len(region.widths))
         judged = self._judge(region, candidate)
         numbers = {"change": judged.change, "gain": candidate.gain}
+        numbers |= self._redraw(region, candidate)
         if judged.change > budget:
             return Verdict(None, "tolerance", numbers)
         if candidate.gain < WORTHWHILE:
             return Verdict(None, _cost_reason(candidate), numbers)
         return Verdict(judged, numbers=numbers)
+
+    def _redraw(self, region: Region, candidate: Candidate) -> dict[str, float]:
+        """Change of the outputs when what the structure leaves out is drawn anew from its null.
+
+        If "never learned" meant "harmless", it would change nothing; that it does is why a refit has to follow.
+        """
+        init, placed = self.program.init, dict(self.upstream)
+        rng = np.random.default_rng(self.program.options.seed)
+        for site, (rows, columns) in zip(region.sites, partition(candidate.segments), strict=True):
+            evidence, null = self.program.evidence.get(site.index), init and init.nulls.get(site.index)
+            if evidence is None or not null or null.kind == "estimated":
+                return {}
+            old = self.program.affine(site)
+            fresh = evidence.shrink * null.sample(rng, site.shape)
+            placed[site.index] = Affine(np.where(in_blocks(rows, columns), old.weight, fresh), old.bias)
+        return {"redraw": self._change(placed)}
 
     def _unit_paths(
         self, region: Region, structures: Sequence[Structure], moments: Sequence[NDArray[np.float64]]
@@ -315,11 +334,15 @@ class Planner:
         placed = self.upstream | {
             site.index: affine for site, affine in zip(region.sites, refitted.affine, strict=True)
         }
+        return Judged(candidate, refitted, self._change(placed))
+
+    def _change(self, placed: Mapping[int, Affine]) -> float:
+        """Change of the model's outputs on the select part, by the metric of the tolerance."""
         probe, options = self._calibrator.probe, self.program.options
         pairs = (
             (probe.run(feeds, {}), probe.run(feeds, placed)) for feeds in self._calibrator.feeds("select")
         )
-        return Judged(candidate, refitted, compare_outputs(pairs, options.metric, options.tolerance).largest)
+        return compare_outputs(pairs, options.metric, options.tolerance).largest
 
     def _candidate(
         self,
@@ -345,8 +368,13 @@ def _cost_reason(candidate: Candidate) -> str:
     return "permutation-cost" if gathers else "not-faster"
 
 
+def in_blocks(rows: Labels, columns: Labels) -> NDArray[np.bool_]:
+    """[K, N], True where a row and a column share a block."""
+    mask: NDArray[np.bool_] = (rows[:, None] == columns[None, :]) & (rows != DROPPED)[:, None]
+    return mask
+
+
 def removed_norm(affine: Affine, rows: Labels, columns: Labels) -> float:
     """Norm of the entries that go, over the norm of the matrix."""
-    stays = (rows[:, None] == columns[None, :]) & (rows != DROPPED)[:, None]
-    gone = np.where(stays, np.float32(0), affine.weight)
+    gone = np.where(in_blocks(rows, columns), np.float32(0), affine.weight)
     return float(np.linalg.norm(gone) / max(float(np.linalg.norm(affine.weight)), 1e-30))

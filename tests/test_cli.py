@@ -140,7 +140,6 @@ def test_options_may_come_first_and_reach_the_compiler(
         (["--threads", "0"], "--threads"),
         (["--seed", "-1"], "--seed"),
         (["--no-such-option"], "--no-such-option"),
-        (["--init", ".", "--init-preset", "bert"], "exclude one another"),
         (["--report", "no/such/folder/r.json"], "does not exist"),
         (["--html", "no/such/folder/r.html"], "does not exist"),
         (["--config", "no-such.toml"], "no-such.toml"),
