@@ -149,7 +149,7 @@ def _trace(index: GraphIndex, site: Site, readers: dict[str, Site]) -> Link | No
                 continue
             if position in nodes:
                 continue
-            constants = _elementwise(index, position, site.shape[1])
+            constants = _elementwise(index, position, site.shape[1], index.rank(site.output))
             if constants is None:
                 return None
             nodes.append(position)
@@ -170,7 +170,7 @@ def _closed(index: GraphIndex, nodes: list[int], inside: set[str], exit_tensor: 
     return all(name == exit_tensor or index.consumers.get(name) for name in inside)
 
 
-def _elementwise(index: GraphIndex, position: int, width: int) -> list[str] | None:
+def _elementwise(index: GraphIndex, position: int, width: int, rank: int | None) -> list[str] | None:
     """Per-unit constants of an operator that acts on each unit alone; None if it isn't known to."""
     node = index.node(position)
     domain, op = node.domain, node.op_type
@@ -186,6 +186,8 @@ def _elementwise(index: GraphIndex, position: int, width: int) -> list[str] | No
             if index.rank(name) is None and op in BINARY:
                 return None
             continue
+        if array.ndim > 1 and (rank is None or array.ndim > rank):
+            return None  # it would lift the result to a higher rank
         if array.size == 1:
             continue
         if op not in BINARY and op != "BiasGelu":

@@ -296,7 +296,7 @@ def _consolidate(layers: Sequence[Layer], state: State, rng: np.random.Generator
         joint += joint.T
         np.fill_diagonal(joint, -np.inf)
         g, h = (int(i) for i in np.unravel_index(int(joint.argmax()), joint.shape))
-        if joint[g, h] <= 0:
+        if joint[g, h] <= -sum(len(axis) for axis in state.labels):  # about what fewer names could save
             return state
         merged = merge(layers, state, g, h)
         settled = anneal(layers, merged.labels, merged.blocks, rng, replace(options, sweeps=0))

@@ -149,9 +149,7 @@ def each(report: dict[str, Any], key: str) -> list[Any]:
 
 def chain(first: PlantedModel, second: PlantedModel, operator: str) -> tuple[onnx.ModelProto, Arrays]:
     """`first`, an operator, `second` (their names prefixed with a. and b.), and both snapshots."""
-    head, tail = (
-        compose.add_prefix(p.model, prefix) for p, prefix in ((first, "a."), (second, "b."))
-    )
+    head, tail = (compose.add_prefix(p.model, prefix) for p, prefix in ((first, "a."), (second, "b.")))
     head.graph.node.append(helper.make_node(operator, ["a.y"], ["a.z"], name=f"between/{operator}"))
     head.graph.output[0].name = "a.z"
     joined = compose.merge_models(head, tail, io_map=[("a.z", "b.x")])
@@ -203,15 +201,21 @@ def test_blocks_are_found_from_a_distribution_alone(null: str, tmp_path: Path) -
     assert set(each(report, "decision")) == {"split"}
 
 
+WIDE = Planted((256, 256), off="zero", gain=3, hide="hidden")
+
+
 @pytest.mark.parametrize(
-    ("blocks", "widths", "form"),
-    [(4, (256, 256, 256), "chain"), (4, (256, 256), "parallel"), (16, (256, 256), "batched")],
+    ("spec", "form"),
+    [
+        (replace(WIDE, widths=(256, 256, 256)), "chain"),
+        (replace(WIDE, uneven=True), "parallel"),
+        (replace(WIDE, blocks=16), "batched"),
+    ],
+    ids=["chain", "parallel", "batched"],
 )
-def test_the_cost_model_chooses_the_form(
-    blocks: int, widths: tuple[int, ...], form: str, tmp_path: Path
-) -> None:
-    """On the CPU: a chain over layers, parallel branches for one layer, one batched MatMul for many blocks."""
-    made = planted_job(tmp_path, build(Planted(widths, blocks, off="zero", gain=3, hide="hidden")), 700)
+def test_the_cost_model_chooses_the_form(spec: Planted, form: str, tmp_path: Path) -> None:
+    """On the CPU: a chain over layers, parallel branches for uneven blocks, one batched MatMul for many even ones."""
+    made = planted_job(tmp_path, build(spec), 700)
     code, report = made.run("--provider", "cpu", "--no-latency-gate", "-q")
     assert code == 0
     check_outcome(made, report)
@@ -565,7 +569,7 @@ def unverifiable(folder: Path, last: onnx.NodeProto) -> Job:
     nodes = [helper.make_node("MatMul", ["x", "W"], ["h"], name="fc"), last]
     weights = {"W": np.random.default_rng(0).standard_normal((12, 12)).astype(np.float32)}
     weights["seven"] = np.array([-1, 7], np.int64)
-    made = small_model(nodes, [value("x", ["N", 12])], [value("y", None or ["A", "B"])], weights)
+    made = small_model(nodes, [value("x", ["N", 12])], [value("y", ["A", "B"])], weights)
     feeds = {"x": np.random.default_rng(1).standard_normal((65, 12)).astype(np.float32)}
     return job(folder, made, {"W": weights["W"]}, feeds)
 
@@ -587,7 +591,7 @@ def timed(*speedups: float) -> Any:
     """Stands in for the measurement: answers these speed-ups in turn, the last one for good."""
     left = list(speedups)
 
-    def compare(before: Any, after: Any, feeds: Any, **_: Any) -> Latency:
+    def compare(*_: Any, **__: Any) -> Latency:
         speedup = left.pop(0) if len(left) > 1 else left[0]
         interval = (speedup * 0.99, speedup * 1.01)
         return Latency("cpu", 1, 1.0, 1 / speedup, speedup, interval, 20, 64)

@@ -1,0 +1,86 @@
+"""What the sections of the benchmark share: the machine in words, timing of two models, cells of tables."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from rich.table import Table
+
+from onnx_decomp import latency
+from onnx_decomp.latency import Latency
+from onnx_decomp.runtime import Arrays, open_session
+
+Model = onnx.ModelProto | Path
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the benchmark. `measure` gets True where it has to be quick; its rows are dataclasses."""
+
+    title: str
+    measure: Callable[[bool], Sequence[Any]]
+    tables: Callable[[Sequence[Any]], list[Table]]
+
+
+def machine() -> dict[str, Any]:
+    """Where figures come from, without names of hosts or paths. load: programs that ran meanwhile, ours included."""
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnxruntime": ort.__version__,
+        "provider": "cpu",
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def _cpu() -> str:
+    """Model of the CPU and the widest vectors that it has, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = facts.get("flags", "").split()
+    widest = next((name for flag, name in _VECTORS if flag in flags), "")
+    return " ".join(filter(None, [facts.get("model name", platform.machine()), widest]))
+
+
+_VECTORS = (("amx_tile", "AVX-512 and AMX"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
+
+
+def compare(
+    before: Model, after: Model, feeds: Arrays, threads: int | None, seconds: float = 1.5, rounds: int = 15
+) -> Latency:
+    """Two models in turns in one process, on the CPU provider; `threads` of one operator, None: the default."""
+    sessions = [open_session(model, threads=threads) for model in (before, after)]
+    return latency.compare(*sessions, feeds, seconds=seconds, min_rounds=rounds)
+
+
+def table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    """An empty table with its text columns on the left and its numbers on the right."""
+    made = Table(title=title, title_justify="left")
+    for name in left:
+        made.add_column(name)
+    for name in right:
+        made.add_column(name, justify="right")
+    return made
+
+
+def times(speedup: float, interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{speedup:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def threads_name(threads: int | None) -> str:
+    """`default` is as many as there are cores."""
+    return "default" if threads is None else str(threads)
