@@ -33,7 +33,7 @@ from onnx_decomp.passes.criterion import Criterion
 from onnx_decomp.passes.planning import DEFAULT_ROWS, Planning
 from onnx_decomp.passes.splitting import Splitting
 from onnx_decomp.probe import Probe
-from onnx_decomp.program import Program, Rewrite
+from onnx_decomp.program import Pass, Program, Rewrite
 from onnx_decomp.progress import Progress, Silent
 from onnx_decomp.report import Measured, build, record_output
 from onnx_decomp.runtime import Device, Session, open_session
@@ -172,10 +172,9 @@ class Run:
 
     def _find(self, program: Program) -> None:
         """Everything that does not depend on what is kept."""
-        self.progress.stage("criterion")
-        Criterion().run(program)
-        self.progress.stage("annealing")
-        Annealing().run(program)
+        for finder in finding_passes():
+            self.progress.stage(finder.name)
+            finder.run(program)
         sites = [site for region in program.regions for site in region.sites]
         if sites:
             probe = Probe(program.index, sites, self.source.folder)
@@ -274,6 +273,12 @@ class Run:
     def _latency(self, program: Program, candidate: Session) -> Latency:
         feeds = next(program.data.batches("report", program.shared["latency_samples"]))
         return compare_latency(self.original, candidate, feeds, seed=self.options.seed)
+
+
+def finding_passes() -> list[Pass]:
+    """What looks for structure, in order; other packages add theirs by the entry point `onnx_decomp.passes`."""
+    further = [entry.load()() for entry in metadata.entry_points(group="onnx_decomp.passes")]
+    return [Criterion(), Annealing(), *further]
 
 
 def _broken(what: str) -> DecompError:

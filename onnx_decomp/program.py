@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import onnx
@@ -122,6 +122,17 @@ class Decision:
     verdict: Literal["applied", "declined"]
     reason: str
     numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+class Pass(Protocol):
+    """One step of the compilation: fills in what it finds, and records a decision for every site it looked at."""
+
+    @property
+    def name(self) -> str:
+        """What decisions and progress call it."""
+
+    def run(self, program: Program) -> None:
+        """Look at the program and add to it."""
 
 
 @dataclass
