@@ -472,7 +472,7 @@ class Criterion:
             W = program.affine(site).weight
             null = None if program.init is None else program.init.nulls.get(site.index)
             seed = program.options.seed
-            if null is None:
+            if null is None or null.kind == "estimated":
                 found = estimated_evidence(W, seed)
             elif null.kind == "snapshot":
                 found = snapshot_evidence(W, null.initial(), seed)

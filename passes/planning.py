@@ -149,6 +149,8 @@ class Planning:
             for said in [*verdict.passed_over, verdict]:
                 outcome: Literal["applied", "declined"] = "applied" if said.judged else "declined"
                 for site in region.sites:
+                    if said.reason == "no-structure" and program.reason(site) is not None:
+                        continue  # an earlier pass has said more exactly why
                     program.decide(self.name, site, outcome, said.reason, **said.numbers)
             if verdict.judged is not None:
                 program.rewrites.append(planner.accept(region, verdict.judged))

@@ -65,7 +65,8 @@ def site_names(site: Site, scope: str | None = None) -> Names:
     """Every name a site goes by; `scope` is the module that the exporter noted for it."""
     paths = [split(scope)[0]] if scope else []
     paths += [split(name)[0] for name in (site.weight, site.node) if not is_generated(name)]
-    if site.bias and not is_generated(site.bias):
+    if not paths and site.bias and not is_generated(site.bias):
+        # Only where nothing better is known: exporters let layers with equal biases share one.
         path, leaf = split(site.bias)
         if leaf in _BIASES:
             paths.append(path)

@@ -1,0 +1,160 @@
+"""Single block layers in each form that the compiler can write: measured against what the cost model says of them.
+
+Two questions: how far the predicted times are off, and what it costs to follow them (regret: the picked form's time
+over that of the fastest, less one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper
+from rich.table import Table
+
+from models.bench_common import Section, compare, table, times
+from models.planted import INPUT, Planted, build
+from onnx_decomp import cost
+from onnx_decomp.axes import find_regions
+from onnx_decomp.passes.planning import segment_time
+from onnx_decomp.passes.splitting import emit
+from onnx_decomp.program import Form, Rewrite, Segment
+from onnx_decomp.sites import GraphIndex, find_sites, read_affine
+
+SHAPES = ((256, 256), (768, 768), (1024, 1024), (768, 3072), (4096, 4096))
+GROUPS = (2, 4, 8, 16)
+ROWS = (1, 16, 128, 512)
+FORMS: tuple[Form, ...] = ("parallel", "batched")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One form of one layer on one thread. Times in microseconds, less those of an empty run."""
+
+    K: int
+    N: int
+    blocks: int
+    rows: int
+    form: str
+    predicted: float
+    measured: float
+    predicted_speedup: float
+    speedup: float
+    interval: tuple[float, float]
+
+
+def measure(quick: bool) -> list[Row]:
+    """Every shape, number of blocks and of rows; one thread."""
+    if quick:
+        return list(_measure(((768, 768),), (4,), (16, 128), 0.25))
+    return list(_measure(SHAPES, GROUPS, ROWS, 0.5))
+
+
+def _measure(
+    shapes: Sequence[tuple[int, int]], groups: Sequence[int], rows: Sequence[int], seconds: float
+) -> Iterator[Row]:
+    model = cost.cpu()
+    for K, N in shapes:
+        for G in groups:
+            dense, written = _written(K, N, G)
+            for T in rows:
+                feeds = {INPUT: np.random.default_rng(T).standard_normal((T, K), np.float32)}
+                call = compare(_nothing(K), _nothing(K), feeds, 1, 0.05).before_ms * 1e3
+                for form, proto in written.items():
+                    timed = compare(dense, proto, feeds, 1, seconds)
+                    segments = [_segment(K, N, G, kind) for kind in ("dense", form)]
+                    before, after = (segment_time(model, T, s, s.form) for s in segments)
+                    measured = max(timed.after_ms * 1e3 - call, 0.1)
+                    yield Row(
+                        K, N, G, T, form, after, measured, before / after, timed.speedup, timed.interval
+                    )
+
+
+def _segment(K: int, N: int, G: int, form: Form) -> Segment:
+    if form == "dense":
+        return Segment(0, 1, (np.zeros(K, np.int32), np.zeros(N, np.int32)), 1, form)
+    labels = tuple(np.repeat(np.arange(G, dtype=np.int32), width // G) for width in (K, N))
+    return Segment(0, 1, labels, G, form)
+
+
+def _written(K: int, N: int, G: int) -> tuple[onnx.ModelProto, dict[Form, onnx.ModelProto]]:
+    """A dense layer whose blocks lie in order, and what the compiler's own emission makes of it."""
+    planted = build(Planted((K, N), G, off="zero", hide="none"))
+    index = GraphIndex.build(planted.model, onnx.numpy_helper.to_array)
+    (region,) = find_regions(index, find_sites(index))
+    affine = tuple(read_affine(index, site) for site in region.sites)
+    rewrites = {
+        form: Rewrite(region, (_segment(K, N, G, form),), affine, "split", "applied") for form in FORMS
+    }
+    written = {form: emit(index, [rewrite], planted.spec.opset) for form, rewrite in rewrites.items()}
+    return planted.model, written
+
+
+def _nothing(width: int) -> onnx.ModelProto:
+    """y = -x over a single column: what a call of the runtime takes by itself."""
+    x = helper.make_tensor_value_info(INPUT, onnx.TensorProto.FLOAT, ["batch", width])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.INT64, [2])
+    graph = helper.make_graph([helper.make_node("Shape", [INPUT], ["y"])], "nothing", [x], [y])
+    return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+
+
+def picks(rows: Sequence[Row]) -> dict[tuple[int, int, int, int], tuple[str, str, float]]:
+    """For each layer the form with the best predicted speed-up, the best measured one, and the regret."""
+    layers: dict[tuple[int, int, int, int], list[Row]] = {}
+    for row in rows:
+        layers.setdefault((row.K, row.N, row.blocks, row.rows), []).append(row)
+    found = {}
+    for key, group in layers.items():
+        predicted = {"dense": 1.0} | {row.form: row.predicted_speedup for row in group}
+        measured = {"dense": 1.0} | {row.form: row.speedup for row in group}
+        picked, best = (max(which, key=which.__getitem__) for which in (predicted, measured))
+        found[key] = picked, best, measured[best] / measured[picked] - 1
+    return found
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Each layer with its two forms side by side, then how well the cost model does as a whole."""
+    made = table(
+        "forms: one layer, dense against block forms (before / after, one thread, CPU, float32)",
+        ["layer", "picked", "fastest"],
+        ["blocks", "rows", *(f"{form} {what}" for form in FORMS for what in ("[95 %]", "predicted")), "regret"],
+    )
+    by_form = {(row.K, row.N, row.blocks, row.rows, row.form): row for row in rows}
+    choices = picks(rows)
+    for (K, N, G, T), (picked, best, regret) in choices.items():
+        cells = []
+        for form in FORMS:
+            row = by_form[K, N, G, T, form]
+            cells += [times(row.speedup, row.interval), f"{row.predicted_speedup:.2f}"]
+        made.add_row(f"{K}x{N}", picked, best, str(G), str(T), *cells, f"{regret:.0%}")
+    return [made, _summary(rows, choices)]
+
+
+def _summary(
+    rows: Sequence[Row], choices: dict[tuple[int, int, int, int], tuple[str, str, float]]
+) -> Table:
+    """Medians by form and number of rows: predicted over measured time and speed-up, and their error."""
+    made = table(
+        "forms: the cost model against measurement",
+        ["form"],
+        ["rows", "time: predicted / measured", "error", "speed-up: predicted / measured", "error", "regret"],
+    )
+    for form in FORMS:
+        for T in sorted({row.rows for row in rows}):
+            chosen = [row for row in rows if (row.form, row.rows) == (form, T)]
+            time = np.array([row.predicted / row.measured for row in chosen])
+            gain = np.array([row.predicted_speedup / row.speedup for row in chosen])
+            regrets = [regret for (*_, at), (*_, regret) in choices.items() if at == T]
+            cells = [f"{np.median(time):.2f}", _error(time), f"{np.median(gain):.2f}", _error(gain)]
+            made.add_row(form, str(T), *cells, f"{np.median(regrets):.0%}, at most {max(regrets):.0%}")
+    return made
+
+
+def _error(ratios: np.ndarray) -> str:
+    """Median of how far predictions are off, either way."""
+    return f"{np.exp(np.median(np.abs(np.log(ratios)))) - 1:.0%}"
+
+
+SECTION = Section("single layers: forms and the cost model", measure, tables)
