@@ -116,7 +116,7 @@ class Run:
         if self.options.calib is not None:
             data = calibration.load(self.options.calib, proto, self.options.seed)
         else:
-            data = calibration.synthetic(proto, SYNTHETIC_SAMPLES, self.options.seed)
+            data = self._synthetic()
         self.warnings += data.warnings
         program = Program(
             self.source, self.options, index, sites, find_regions(index, sites), data, self.progress
@@ -124,6 +124,8 @@ class Run:
         for site in sites:
             if site.obstacle is not None:
                 program.decide("sites", site, "declined", site.obstacle)
+            else:
+                program.affine(site)  # a weight that holds NaN is refused by name before anything else is tried
         program.shared["cost"] = cost.cuda() if self.target == "cuda" else cost.cpu()
         program.shared["latency_samples"] = min(DEFAULT_ROWS, program.data.samples("report"))
         program.init = load_nulls(
@@ -134,6 +136,14 @@ class Run:
             module_scopes(index, sites),
         )
         return program
+
+    def _synthetic(self) -> Data:
+        """Made-up inputs, or none where the graph does not tell what they should be."""
+        try:
+            return calibration.synthetic(self.source.proto, SYNTHETIC_SAMPLES, self.options.seed)
+        except CannotVerifyError as error:
+            self.warnings.append(f"not verified: {error}")
+            return calibration.NO_DATA
 
     def _nothing(self, program: Program, reason: str) -> tuple[Program, None]:
         for site in program.sites:
@@ -165,7 +175,7 @@ class Run:
     def _replay(self, program: Program) -> None:
         if self.options.replay is None:
             return
-        kept = _kept_regions(self.options.replay)
+        kept = _kept_regions(self.options.replay, self.source.sha256)
         for region in program.regions:
             if region.name not in kept:
                 program.banned[region.name] = "replay"
@@ -310,13 +320,18 @@ def _stamp(written: onnx.ModelProto, program: Program) -> None:
         written.metadata_props.add(key=f"onnx_decomp.{key}", value=value)
 
 
-def _kept_regions(report: Path) -> set[str]:
+def _kept_regions(report: Path, sha256: str) -> set[str]:
+    """Names of the regions that a report kept. Raises InputError for no report, or the report on another model."""
     try:
-        return set(json.loads(report.read_text(encoding="utf-8"))["kept"])
+        found = json.loads(report.read_text(encoding="utf-8"))
+        kept, made_for = set(found["kept"]), found["input"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{report}: not a report with a list of kept regions ({type(error).__name__}); give one that --report wrote"
         ) from error
+    if made_for != sha256:
+        raise InputError(f"{report}: the report on another model (its input's sha256 differs); give this model's own")
+    return kept
 
 
 def version() -> str:

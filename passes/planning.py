@@ -34,6 +34,9 @@ MARGIN = 0.95
 WORTHWHILE = 1.02
 """Predicted gain under which a rewrite is not even measured."""
 
+VANISHED = 1e-3
+"""Share of a matrix' norm up to which entries count as gone already, whatever tolerance is allowed."""
+
 DEFAULT_ROWS = 128
 
 
@@ -214,8 +217,7 @@ class Planner:
         if all(self.program.evidence[site.index].kind != "estimated" for site in sites):
             return True
         spans = zip(sites, structure.labels, structure.labels[1:], strict=False)
-        tolerance = self.program.options.tolerance
-        return all(removed_norm(self.program.affine(s), rows, cols) <= tolerance for s, rows, cols in spans)
+        return all(removed_norm(self.program.affine(s), rows, cols) <= VANISHED for s, rows, cols in spans)
 
     # Without data
 

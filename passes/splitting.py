@@ -33,6 +33,8 @@ class Fragment:
     opset: int
     dtype: np.dtype[Any]
     nodes: list[gs.Node] = field(default_factory=list)
+    scalars: dict[str, Value] = field(default_factory=dict)
+    """Scalars of the model's own that are read as they stand; graphsurgeon wants one object for each name."""
 
     def unique(self, name: str) -> str:
         candidate, number = name, 1
@@ -298,7 +300,7 @@ class Writer:
         if not name:
             return gs.Variable.empty()
         if name not in link.channels:
-            return gs.Variable(name)  # a scalar of the model's own, read as it stands
+            return self.fragment.scalars.setdefault(name, gs.Variable(name))
         constant = self.index.constant(name)
         assert constant is not None
         sliced = constant.reshape(-1)[units].reshape(shape)

@@ -446,7 +446,12 @@ FILES = {
     "replay of another file": ("--replay", "{}", INPUT, "given"),
     "replay of a list": ("--replay", "[1]", INPUT, "given"),
     "replay of a wrong field": ("--replay", '{"kept": 7}', INPUT, "given"),
-    "replay of unknown regions": ("--replay", '{"kept": ["region_999"]}', INPUT, "region_999"),
+    "replay of another model": (
+        "--replay",
+        '{"kept": ["region_000"], "input": {"sha256": "0"}}',
+        INPUT,
+        "another model",
+    ),
 }
 
 

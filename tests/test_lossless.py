@@ -199,7 +199,7 @@ def test_what_is_left_says_why(tricky: Job, tmp_path: Path) -> None:
         ("inner", "if:if/else"): "nested-graph",
         ("shared/first", "main"): "shared-weight",
         ("shared/second", "main"): "shared-weight",
-        ("head/Gemm", "main"): "no-structure",
+        ("head/Gemm", "main"): "not-better-than-shuffled",
     }
 
 
