@@ -670,6 +670,19 @@ def test_undoing_goes_on_until_what_is_left_is_faster(
     assert report["latency"]["speedup"] == 1.5
 
 
+def test_a_region_that_only_slows_the_rest_down_is_undone(
+    two_regions: TwoRegions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole is faster; then each region against the model without it: the second one does harm."""
+    monkeypatch.setattr(compiler, "compare_latency", timed(1.5, 1.8, 0.9, 1.6))
+    code, report = two_regions.job.run(*GATED)
+    assert code == 0
+    check_outcome(two_regions.job, report)
+    assert report["history"] == [{"round": 1, "undone": "region_001", "why": "latency"}]
+    assert report["kept"] == ["region_000"]
+    assert report["latency"]["speedup"] == 1.6
+
+
 # On a GPU, where there is one
 
 
