@@ -44,7 +44,8 @@ CASES = (
     Case("towers/shrunk", 0.1, "the same, with a change that its user allows"),
     Case("towers/untouched", 0.1, "masked training, no decay: plain removal changes the function"),
     Case("digits", 0.05, "an ordinary dense network: no blocks, much redundancy"),
-    Case("ranker", 0.10, "sparse inputs, ordinary training"),
+    Case("ranker", 0.05, "sparse inputs, ordinary training"),
+    Case("towers/dense", 0.05, "four tasks, ordinary training"),
 )
 
 

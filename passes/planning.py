@@ -25,7 +25,7 @@ from onnx_decomp.passes.reduction import UnitPath, round_up, unit_path
 from onnx_decomp.program import DROPPED, Form, Labels, Program, Rewrite, Segment, Structure
 from onnx_decomp.sites import Affine
 
-THRESHOLDS = tuple(np.geomspace(0.7, 1e-5, 24))
+THRESHOLDS = tuple(np.geomspace(0.7, 1e-5, 64))
 """Relative errors, each of which a reduction may cost at every hidden axis: what is searched by bisection."""
 
 MARGIN = 0.95
