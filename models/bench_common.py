@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,15 @@ def compare(
     before: Model, after: Model, feeds: Arrays, threads: int | None, seconds: float = 1.5, rounds: int = 15
 ) -> Latency:
     """Two models in turns in one process, on the CPU provider; `threads` of one operator, None: the default."""
-    sessions = [open_session(model, threads=threads) for model in (before, after)]
-    return latency.compare(*sessions, feeds, seconds=seconds, min_rounds=rounds)
+    first, second = (open_session(model, threads=threads) for model in (before, after))
+    return latency.compare(first, second, feeds, seconds=seconds, min_rounds=rounds)
+
+
+def save(folder: str, name: str, arrays: Mapping[str, Any]) -> Path:
+    """Arrays by name, in a file that the compiler reads."""
+    path = Path(folder) / f"{name}.npz"
+    np.savez(path, **dict(arrays))
+    return path
 
 
 def table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
@@ -74,6 +81,15 @@ def table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     for name in right:
         made.add_column(name, justify="right")
     return made
+
+
+def markdown(shown: Table) -> str:
+    """A table as a Markdown page takes it, under its title in bold."""
+    head = [str(column.header) for column in shown.columns]
+    rule = ["---:" if column.justify == "right" else "---" for column in shown.columns]
+    rows = zip(*(column.cells for column in shown.columns), strict=True)
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, rule, *rows)]
+    return "\n".join([f"**{shown.title}**", "", *lines, ""])
 
 
 def times(speedup: float, interval: Sequence[float]) -> str:

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from rich.table import Table
 
 import models
-from models.bench_common import Section, table
+from models.bench_common import Section, save, table
 from models.planted import Planted, build, calibration
 from onnx_decomp import model_io
 from onnx_decomp.compiler import compile_model
@@ -55,23 +54,23 @@ class Row:
 
 
 def measure(quick: bool) -> list[Row]:
-    """Latency gate on, one thread, as `make run` compiles them; then a planted run of two wide layers."""
+    """Latency gate on, one thread, as `make run` compiles them; then a planted run of two layers."""
     names = ("towers/vanished",) if quick else models.NAMES
     rows = []
     for name in names:
         trained = models.load(name)
         rows.append(_compile(name, trained.model, trained.init, trained.calib))
     if not quick:
-        rows.append(_planted((768, 3072, 768)))
+        rows.append(_planted((256, 1024, 256)))
     return rows
 
 
 def _planted(widths: tuple[int, ...]) -> Row:
     planted = build(Planted(widths, 4, off="zero", hide="hidden"))
     with tempfile.TemporaryDirectory() as folder:
-        init, calib, model = (Path(folder) / name for name in ("init.npz", "calib.npz", "model.onnx"))
-        np.savez(init, **planted.snapshot)
-        np.savez(calib, **calibration(planted, 2048))
+        init = save(folder, "init", planted.snapshot)
+        calib = save(folder, "calib", calibration(planted, 2048))
+        model = Path(folder) / "model.onnx"
         model.write_bytes(planted.model.SerializeToString())
         return _compile(f"planted {'-'.join(map(str, widths))}", model, init, calib)
 
@@ -95,9 +94,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     )
     for row in rows:
         stages = [f"{row.stages.get(stage, 0.0):.2f}" for stage in STAGES]
-        made.add_row(
-            row.name, row.kept, f"{row.tolerance:g}", str(row.rounds), f"{row.seconds:.1f}", *stages
-        )
+        made.add_row(row.name, row.kept, f"{row.tolerance:g}", str(row.rounds), f"{row.seconds:.1f}", *stages)
     return [made]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -93,15 +94,27 @@ def _written(K: int, N: int, G: int) -> tuple[onnx.ModelProto, dict[Form, onnx.M
 
 
 def _nothing(width: int) -> onnx.ModelProto:
-    """y = -x over a single column: what a call of the runtime takes by itself."""
+    """The shape of x and no more: what a call of the runtime takes by itself."""
     x = helper.make_tensor_value_info(INPUT, onnx.TensorProto.FLOAT, ["batch", width])
     y = helper.make_tensor_value_info("y", onnx.TensorProto.INT64, [2])
     graph = helper.make_graph([helper.make_node("Shape", [INPUT], ["y"])], "nothing", [x], [y])
     return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
 
 
-def picks(rows: Sequence[Row]) -> dict[tuple[int, int, int, int], tuple[str, str, float]]:
-    """For each layer the form with the best predicted speed-up, the best measured one, and the regret."""
+class Choice(NamedTuple):
+    """The form with the best predicted speed-up, the one with the best measured one, and the regret."""
+
+    picked: str
+    best: str
+    regret: float
+
+
+Choices = dict[tuple[int, int, int, int], Choice]
+"""By K, N, blocks and rows of a layer."""
+
+
+def picks(rows: Sequence[Row]) -> Choices:
+    """What the cost model chooses for each layer; dense is a choice too."""
     layers: dict[tuple[int, int, int, int], list[Row]] = {}
     for row in rows:
         layers.setdefault((row.K, row.N, row.blocks, row.rows), []).append(row)
@@ -110,7 +123,7 @@ def picks(rows: Sequence[Row]) -> dict[tuple[int, int, int, int], tuple[str, str
         predicted = {"dense": 1.0} | {row.form: row.predicted_speedup for row in group}
         measured = {"dense": 1.0} | {row.form: row.speedup for row in group}
         picked, best = (max(which, key=which.__getitem__) for which in (predicted, measured))
-        found[key] = picked, best, measured[best] / measured[picked] - 1
+        found[key] = Choice(picked, best, measured[best] / measured[picked] - 1)
     return found
 
 
@@ -119,7 +132,12 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     made = table(
         "forms: one layer, dense against block forms (before / after, one thread, CPU, float32)",
         ["layer", "picked", "fastest"],
-        ["blocks", "rows", *(f"{form} {what}" for form in FORMS for what in ("[95 %]", "predicted")), "regret"],
+        [
+            "blocks",
+            "rows",
+            *(f"{form} {what}" for form in FORMS for what in ("[95 %]", "predicted")),
+            "regret",
+        ],
     )
     by_form = {(row.K, row.N, row.blocks, row.rows, row.form): row for row in rows}
     choices = picks(rows)
@@ -129,26 +147,36 @@ def tables(rows: Sequence[Row]) -> list[Table]:
             row = by_form[K, N, G, T, form]
             cells += [times(row.speedup, row.interval), f"{row.predicted_speedup:.2f}"]
         made.add_row(f"{K}x{N}", picked, best, str(G), str(T), *cells, f"{regret:.0%}")
-    return [made, _summary(rows, choices)]
+    return [made, _summary(rows), _regrets(choices)]
 
 
-def _summary(
-    rows: Sequence[Row], choices: dict[tuple[int, int, int, int], tuple[str, str, float]]
-) -> Table:
+def _summary(rows: Sequence[Row]) -> Table:
     """Medians by form and number of rows: predicted over measured time and speed-up, and their error."""
     made = table(
         "forms: the cost model against measurement",
         ["form"],
-        ["rows", "time: predicted / measured", "error", "speed-up: predicted / measured", "error", "regret"],
+        ["rows", "time: predicted / measured", "error", "speed-up: predicted / measured", "error"],
     )
     for form in FORMS:
         for T in sorted({row.rows for row in rows}):
             chosen = [row for row in rows if (row.form, row.rows) == (form, T)]
             time = np.array([row.predicted / row.measured for row in chosen])
             gain = np.array([row.predicted_speedup / row.speedup for row in chosen])
-            regrets = [regret for (*_, at), (*_, regret) in choices.items() if at == T]
             cells = [f"{np.median(time):.2f}", _error(time), f"{np.median(gain):.2f}", _error(gain)]
-            made.add_row(form, str(T), *cells, f"{np.median(regrets):.0%}, at most {max(regrets):.0%}")
+            made.add_row(form, str(T), *cells)
+    return made
+
+
+def _regrets(choices: Choices) -> Table:
+    """What it costs to take the form that the cost model ranks first, by number of rows."""
+    made = table(
+        "forms: regret of the cost model's choice", ["rows"], ["layers", "right", "mean regret", "worst"]
+    )
+    for T in sorted({at for *_, at in choices}):
+        found = [choice for (*_, at), choice in choices.items() if at == T]
+        regrets = [choice.regret for choice in found]
+        right = sum(choice.picked == choice.best for choice in found)
+        made.add_row(str(T), str(len(found)), str(right), f"{np.mean(regrets):.1%}", f"{max(regrets):.0%}")
     return made
 
 

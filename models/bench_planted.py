@@ -20,7 +20,7 @@ import onnx
 import onnxruntime as ort
 from rich.table import Table
 
-from models.bench_common import Section, compare, table, threads_name, times
+from models.bench_common import Section, compare, save, table, threads_name, times
 from models.planted import INPUT, Planted, build
 from onnx_decomp import model_io
 from onnx_decomp.compiler import compile_model
@@ -93,8 +93,7 @@ def measure_one(spec: Planted, rows: Sequence[int], seconds: float) -> Iterator[
     """All rows of one case; the written model is the same at every number of rows."""
     planted = build(spec)
     with tempfile.TemporaryDirectory() as folder:
-        init = Path(folder) / "init.npz"
-        np.savez(init, **planted.snapshot)
+        init = save(folder, "init", planted.snapshot)
         options = Options(init=init, provider="cpu", latency_gate=False)
         result, _ = compile_model(model_io.from_proto(planted.model), options)
     report = result.report
@@ -137,9 +136,7 @@ def node_times(model: onnx.ModelProto, feeds: Arrays, threads: int | None, runs:
         options.profile_file_prefix = str(Path(folder) / "profile")
         if threads is not None:
             options.intra_op_num_threads = threads
-        session = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         for _ in range(runs + 1):
             session.run(None, dict(feeds))
         events = json.loads(Path(session.end_profiling()).read_text())

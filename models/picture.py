@@ -26,7 +26,9 @@ def main() -> None:
     from matplotlib import pyplot as plt
 
     trained = models.load("towers/untouched")
-    options = Options(init=trained.init, calib=trained.calib, tolerance=0.1, provider="cpu", latency_gate=False)
+    options = Options(
+        init=trained.init, calib=trained.calib, tolerance=0.1, provider="cpu", latency_gate=False
+    )
     _, program = compile_model(model_io.load(trained.model), options)
     site = program.sites[LAYER]
     (structure,) = program.structures[program.regions[0].name]

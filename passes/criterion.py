@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,8 +86,9 @@ def distribution_evidence(W: Matrix, scores: Scores, std: float, seed: int = 0) 
 
 def estimated_evidence(W: Matrix, seed: int = 0) -> Evidence:
     """Evidence of W [K, N] against its own central mode: weaker, and flagged by its kind."""
-    w = _sample(W, seed)
-    lines = two_lines(w[w != 0], None)
+    w = _sample(W, seed).astype(np.float64)
+    w = w[w != 0]
+    lines = two_lines(w, np.zeros_like(w))
     scale = float(lines.sigma[0]) or 1.0
     z = W / np.float32(scale)
     return _evidence("estimated", z, _zeros(W), NullFit(1.0, scale), seed)
@@ -162,37 +163,42 @@ class Lines:
     """A slope differs from zero: w0 left a trace in w."""
 
 
-def two_lines(w: NDArray[np.floating], w0: NDArray[np.floating] | None) -> Lines:
+def two_lines(w: Vector, w0: Vector) -> Lines:
     """Maximum likelihood by EM from several starts; the second line must earn its place (BIC). w, w0: [n]."""
-    w = w.astype(np.float64)
-    base = np.zeros_like(w) if w0 is None else w0.astype(np.float64)
     if len(w) < 20 or not w.any():
         return Lines(np.zeros(2), np.full(2, float(w.std()) if len(w) else 0.0), np.array([1.0, 0.0]), False)
-    one = _em(w, base, np.zeros((1, len(w))), 1)
-    slopes = [0.0] if w0 is None else [0.0, 1.0, float(one[0][0])]
+    one = _em(w, w0, np.zeros((1, len(w))), 1)
+    slopes = sorted({0.0, 1.0, float(one.slope[0])}) if w0.any() else [0.0]
     few = slice(0, 1 << 16)
     trials = []
     for start in product(slopes, slopes):
-        sigma = float((w - start[0] * base).std()) * np.array([0.8, 1.4])
-        log_start = _log_density(w[few], base[few], np.array(start), sigma, np.array([0.8, 0.2]))
-        trials.append(_em(w[few], base[few], log_start, 12))
-    best = max(trials, key=lambda trial: trial[3])
-    two = _em(w, base, _log_density(w, base, *best[:3]), 60)
-    gain = two[3] - one[3]
-    chosen = two if gain > 2.5 * np.log(len(w)) and two[2].min() > 0.005 else one
-    slope, sigma, share, _ = chosen
-    weight = np.exp(_normalised(_log_density(w, base, slope, sigma, share)))
-    square = ((slope / sigma) ** 2 * (weight @ base**2)).sum()
-    order = np.argsort(sigma)
-    parts = [np.resize(part[order], 2) for part in (slope, sigma, share)]
-    if chosen is one:
-        parts[2] = np.array([1.0, 0.0])
-    related = bool(stats.chi2.sf(square, len(order)) < 0.005 and slope[order[0]] > -0.1)
-    return Lines(parts[0], parts[1], parts[2], related)
+        sigma = float((w - start[0] * w0).std()) * np.array([0.8, 1.4])
+        log_start = _log_density(w[few], w0[few], np.array(start), sigma, np.array([0.8, 0.2]))
+        trials.append(_em(w[few], w0[few], log_start, 12))
+    best = max(trials, key=lambda trial: trial.likelihood)
+    two = _em(w, w0, _log_density(w, w0, *best[:3]), 60)
+    earned = two.likelihood - one.likelihood > 2.5 * np.log(len(w)) and two.share.min() > 0.005
+    slope, sigma, share, _ = two if earned else one
+    weight = np.exp(_normalised(_log_density(w, w0, slope, sigma, share)))
+    trace = float(((slope / sigma) ** 2 * (weight @ w0**2)).sum())  # χ² of both slopes being zero
+    tighter = np.argsort(sigma)
+    related = bool(stats.chi2.sf(trace, len(sigma)) < 0.005 and slope[tighter[0]] > -0.1)
+    if not earned:
+        return Lines(np.repeat(slope, 2), np.repeat(sigma, 2), np.array([1.0, 0.0]), related)
+    return Lines(slope[tighter], sigma[tighter], share[tighter], related)
 
 
-def _em(w: Vector, w0: Vector, log_start: Vector, steps: int) -> tuple[Vector, Vector, Vector, float]:
-    """Steps of EM from log responsibilities [lines, n], up to a constant: slopes, sigmas, shares, likelihood."""
+class Mixture(NamedTuple):
+    """Lines under EM, in no order."""
+
+    slope: Vector
+    sigma: Vector
+    share: Vector
+    likelihood: float
+
+
+def _em(w: Vector, w0: Vector, log_start: Vector, steps: int) -> Mixture:
+    """Steps of EM from log responsibilities [lines, n], up to a constant."""
     log_density = log_start
     floor = 1e-6 * float(np.abs(w).mean()) + 1e-30
     for _ in range(steps):
@@ -201,7 +207,7 @@ def _em(w: Vector, w0: Vector, log_start: Vector, steps: int) -> tuple[Vector, V
         slope = (weight @ (w * w0)) / (weight @ (w0 * w0) + 1e-30)
         sigma = np.maximum(np.sqrt((weight * (w - slope[:, None] * w0) ** 2).sum(1) / mass), floor)
         log_density = _log_density(w, w0, slope, sigma, mass / len(w))
-    return slope, sigma, mass / len(w), float(special.logsumexp(log_density, axis=0).sum())
+    return Mixture(slope, sigma, mass / len(w), float(special.logsumexp(log_density, axis=0).sum()))
 
 
 def _log_density(w: Vector, w0: Vector, slope: Vector, sigma: Vector, share: Vector) -> Vector:
@@ -322,8 +328,12 @@ def set_tests(z: Matrix, side: int = 32) -> SetTests:
     strip = np.concatenate(strips)
     tiles = np.add.reduceat(strip, np.arange(0, N, side), axis=1)
     heights, widths = (np.diff(np.append(np.arange(0, n, side), n)) for n in (K, N))
-    p = stats.chi2.sf
-    return SetTests(p(rows, N), p(strip.sum(0), K), p(tiles, np.outer(heights, widths)))
+    return SetTests(
+        *(
+            np.asarray(stats.chi2.sf(total, entries))
+            for total, entries in ((rows, N), (strip.sum(0), K), (tiles, np.outer(heights, widths)))
+        )
+    )
 
 
 def learned_rank(z: Matrix) -> int:
@@ -394,10 +404,11 @@ def block_pair_tests(
 
 def one_hot(labels: NDArray[np.int32], G: int) -> Matrix:
     """Membership [n, G] of labels [n]; DROPPED belongs nowhere."""
-    return (labels[:, None] == np.arange(G)).astype(np.float32)
+    member: Matrix = (labels[:, None] == np.arange(G)).astype(np.float32)
+    return member
 
 
-def slabs(z: Matrix, multiple: int = 1) -> Iterator[slice]:
+def slabs(z: NDArray[Any], multiple: int = 1) -> Iterator[slice]:
     """Consecutive row slices of about a million entries, so that temporaries stay small."""
     height = max(1, (1 << 20) // max(z.shape[1], 1) // multiple) * multiple
     return (slice(start, min(start + height, len(z))) for start in range(0, len(z), height))

@@ -1,0 +1,102 @@
+"""The benchmark's own arithmetic, and that its sections run; the figures are docs/benchmarks.md's business."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from models import bench, bench_compile, bench_decision, bench_forms, bench_planted
+from models.bench_common import machine, markdown, table
+from models.planted import INPUT, Planted, build
+
+
+def planted_row(share: float, flops: float, speedup: float) -> bench_planted.Row:
+    return bench_planted.Row(
+        (8, 8), 2, False, "none", "chain", 1, 1, 1.0, 1.0, flops, share, speedup, (speedup, speedup)
+    )
+
+
+def test_the_ideal_leaves_what_is_not_a_product() -> None:
+    assert planted_row(1.0, 4.0, 3.0).ideal == 4.0
+    assert planted_row(1.0, 4.0, 3.0).reached == 0.75
+    assert planted_row(0.5, 4.0, 1.6).ideal == pytest.approx(1 / (0.5 + 0.5 / 4))
+
+
+def test_nearly_all_of_a_planted_run_is_products() -> None:
+    planted = build(Planted((256, 512, 256), 2, hide="none"))
+    feeds = {INPUT: np.ones((64, 256), np.float32)}
+    assert 0.5 < bench_planted.product_share(planted.model, feeds, 1) <= 1.0
+
+
+def test_a_small_planted_run_goes_through_the_compiler() -> None:
+    rows = list(bench_planted.measure_one(Planted((128, 512, 128), 2, off="zero", hide="hidden"), [64], 0.01))
+    assert [row.threads for row in rows] == [1, None]
+    assert all(row.flops == pytest.approx(2.0) for row in rows)
+    assert {row.form for row in rows} <= {"chain", "batched"}
+
+
+def test_forms_are_measured_and_chosen_from() -> None:
+    rows = list(bench_forms._measure(((64, 64),), (2,), (8,), 0.01))
+    assert [row.form for row in rows] == ["parallel", "batched"]
+    (choice,) = bench_forms.picks(rows).values()
+    assert choice.regret >= 0
+    assert len(bench_forms.tables(rows)) == 3
+
+
+def test_regret_is_what_the_wrong_choice_costs() -> None:
+    def row(form: str, predicted: float, measured: float) -> bench_forms.Row:
+        return bench_forms.Row(64, 64, 2, 8, form, 1.0, 1.0, predicted, measured, (measured, measured))
+
+    (choice,) = bench_forms.picks([row("parallel", 3.0, 2.0), row("batched", 2.0, 2.5)]).values()
+    assert choice == ("parallel", "batched", pytest.approx(0.25))
+
+
+def test_a_decision_in_a_process_of_its_own() -> None:
+    row = bench_decision._measure(
+        Planted((256, 256), 2, gain=3.0, unchanged=0.0, off="untouched"), "snapshot", True
+    )
+    assert row.blocks == 2
+    assert row.recovered == 1.0
+    assert row.whole >= row.criterion > 0
+    assert row.peak > 2  # the weights and their initial values at least
+
+
+def test_stage_times_add_up_over_rounds() -> None:
+    watch = bench_compile.StageTimes()
+    for stage in ("reading", "planning, round 1", "measuring, round 1", "planning, round 2", ""):
+        watch.stage(stage)
+    assert list(watch.spent) == ["reading", "planning", "measuring"]
+    assert watch.rounds == 2
+
+
+def test_the_machine_is_described_without_names_of_hosts() -> None:
+    assert set(machine()) == {"cpu", "cores", "python", "numpy", "onnxruntime", "provider", "load"}
+
+
+def test_tables_become_markdown() -> None:
+    made = table("title", ["name"], ["number"])
+    made.add_row("a", "1")
+    assert markdown(made) == "**title**\n\n| name | number |\n| --- | ---: |\n| a | 1 |\n"
+
+
+def test_the_command_writes_figures_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = bench.Section("one row", lambda _: [planted_row(1.0, 4.0, 3.0)], bench_planted.tables)
+    monkeypatch.setitem(bench.SECTIONS, "planted", section)
+    figures, page = tmp_path / "figures.json", tmp_path / "tables.md"
+    arguments = ["planted", "--quick", "--json", str(figures), "--markdown", str(page)]
+    assert CliRunner().invoke(bench.main, arguments, catch_exceptions=False).exit_code == 0
+    assert json.loads(figures.read_text())["sections"]["planted"][0]["speedup"] == 3.0
+    assert "| 75% |" in page.read_text()
+
+
+def test_every_section_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), width=160)
+    section = bench.Section("nothing", lambda _: [], bench_compile.tables)
+    monkeypatch.setattr(bench, "SECTIONS", {"compile": section})
+    assert bench.run(["compile"], True, console).figures["sections"] == {"compile": []}
