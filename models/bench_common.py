@@ -95,8 +95,3 @@ def markdown(shown: Table) -> str:
 def times(speedup: float, interval: Sequence[float]) -> str:
     low, high = interval
     return f"{speedup:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def threads_name(threads: int | None) -> str:
-    """`default` is as many as there are cores."""
-    return "default" if threads is None else str(threads)

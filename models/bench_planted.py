@@ -13,14 +13,16 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from rich.table import Table
 
-from models.bench_common import Section, compare, save, table, threads_name, times
+from models.bench_common import Section, compare, save, table, times
 from models.planted import INPUT, Planted, build
 from onnx_decomp import model_io
 from onnx_decomp.compiler import compile_model
@@ -149,27 +151,32 @@ def node_times(model: onnx.ModelProto, feeds: Arrays, threads: int | None, runs:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """One row a case and number of rows; the figures for one thread with those for the default beside them."""
+    """One line a case and number of rows, its numbers of threads side by side."""
     made = table(
         "planted: the original against the written model (before / after in one interleaved run, CPU, float32)",
         ["widths", "blocks", "permuted", "form"],
-        ["rows", "threads", "before ms", "FLOPs", "speed-up [95 %]", "ideal", "share of ideal"],
+        ["rows", "FLOPs", *(f"{threads}: {what}" for threads in ("1 thread", "default") for what in _SHOWN)],
     )
+    lines: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
+        lines.setdefault((row.widths, row.blocks, row.uneven, row.hide, row.form, row.rows), []).append(row)
+    for (widths, blocks, uneven, hide, form, count), beside in lines.items():
+        cells = [
+            (times(row.speedup, row.interval), f"{row.ideal:.2f}", f"{row.reached:.0%}") for row in beside
+        ]
         made.add_row(
-            "-".join(map(str, row.widths)),
-            f"{row.blocks}{' uneven' if row.uneven else ''}",
-            row.hide,
-            row.form,
-            str(row.rows),
-            threads_name(row.threads),
-            f"{row.before_ms:.2f}",
-            f"{row.flops:.2f}x",
-            times(row.speedup, row.interval),
-            f"{row.ideal:.2f}",
-            f"{row.reached:.0%}",
+            "-".join(map(str, widths)),
+            f"{blocks}{' uneven' if uneven else ''}",
+            hide,
+            form,
+            str(count),
+            f"{beside[0].flops:.2f}x",
+            *chain.from_iterable(cells),
         )
     return [made]
+
+
+_SHOWN = ("speed-up [95 %]", "ideal", "share of it")
 
 
 SECTION = Section("planted runs of layers, through the whole compiler", measure, tables)

@@ -168,7 +168,13 @@ compile_options = _chain(
     click.option("--replay", type=FILE, callback=_existing, help="Keep exactly what this report kept."),
     click.option("--require-change", is_flag=True, help="Fail if nothing was kept."),
     click.option("--force", is_flag=True, help="Compile a model that is compiled already."),
-    click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes."),
+    click.option(
+        "--jobs",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Matrices looked at together.",
+    ),
     click.option("--dry-run", is_flag=True, help="Do everything except writing OUT."),
 )
 

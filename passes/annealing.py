@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import joblib
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
@@ -273,9 +274,11 @@ class Annealing:
     name: str = "annealing"
 
     def run(self, program: Program) -> None:
-        for region in program.regions:
-            evidence = [program.evidence.get(site.index) for site in region.sites]
-            found = find_structure(evidence, program.options.seed, self.restarts)
+        runs = [[program.evidence.get(site.index) for site in region.sites] for region in program.regions]
+        workers = joblib.Parallel(n_jobs=program.options.jobs, prefer="threads")
+        solve = joblib.delayed(find_structure)
+        findings = workers(solve(run, program.options.seed, self.restarts) for run in runs)
+        for region, found in zip(program.regions, findings, strict=True):
             program.structures[region.name] = found.structures
             for position, reason in sorted(found.reasons.items()):
                 if reason.code != "null-does-not-fit":  # the criterion said so already

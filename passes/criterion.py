@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
+import joblib
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 from scipy.linalg import lapack
 
 from onnx_decomp.program import Evidence, Program
+from onnx_decomp.sites import Site
 
 Matrix = NDArray[np.float32]
 Vector = NDArray[np.float64]
@@ -470,6 +472,18 @@ def _rounding(W: Matrix, size: float) -> float:
     return float(np.spacing(np.float16(min(size, 6e4))))
 
 
+def site_evidence(program: Program, site: Site) -> Evidence:
+    """The evidence of one site against the strongest null that there is for it."""
+    W = program.affine(site).weight
+    null = None if program.init is None else program.init.nulls.get(site.index)
+    seed = program.options.seed
+    if null is None or null.kind == "estimated":
+        return estimated_evidence(W, seed)
+    if null.kind == "snapshot":
+        return snapshot_evidence(W, null.initial(), seed)
+    return distribution_evidence(W, null.normal_scores, null.std(), seed)
+
+
 @dataclass(frozen=True)
 class Criterion:
     """Fills `program.evidence` for every site that can be rewritten; declines those whose null does not fit."""
@@ -477,18 +491,11 @@ class Criterion:
     name: str = "criterion"
 
     def run(self, program: Program) -> None:
-        for site in program.sites:
-            if site.obstacle is not None:
-                continue
-            W = program.affine(site).weight
-            null = None if program.init is None else program.init.nulls.get(site.index)
-            seed = program.options.seed
-            if null is None or null.kind == "estimated":
-                found = estimated_evidence(W, seed)
-            elif null.kind == "snapshot":
-                found = snapshot_evidence(W, null.initial(), seed)
-            else:
-                found = distribution_evidence(W, null.normal_scores, null.std(), seed)
+        sites = [site for site in program.sites if site.obstacle is None]
+        # Threads: nearly all of it is numpy on large arrays, which lets go of the interpreter.
+        workers = joblib.Parallel(n_jobs=program.options.jobs, prefer="threads")
+        evidence = workers(joblib.delayed(site_evidence)(program, site) for site in sites)
+        for site, found in zip(sites, evidence, strict=True):
             program.evidence[site.index] = found
             if not found.fits:
                 program.decide(

@@ -419,6 +419,8 @@ def test_the_same_run_gives_the_same_bytes(two_regions: TwoRegions, tmp_path: Pa
         *FREE,
         "--seed",
         "3",
+        "--jobs",
+        "2",
     ]
     command += ["--init", str(made.folder / "init.npz"), "--calib", str(made.folder / "calib.npz")]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "12345"})
