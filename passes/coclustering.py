@@ -51,7 +51,7 @@ class Schedule:
 
 
 QUENCH = Schedule(temperatures=0)
-HOT = Schedule(hottest=1.5, temperatures=3)
+HOT = Schedule(hottest=0.8, temperatures=3)
 
 
 # --- evidence as levels -------------------------------------------------------------------------------------------
@@ -218,9 +218,13 @@ def embed(layers: Sequence[Layer], rng: np.random.Generator) -> tuple[list[Matri
         vectors[odd], _ = _orthonormal(_across(weights, scale, vectors, to=1)[odd])
         vectors[even], triangle = _orthonormal(_across(weights, scale, vectors, to=0)[even])
     turn, values, _ = np.linalg.svd(triangle)
+    # Dimensions weigh as much as they stand out, the trivial first one as the second; left and right alike.
+    weight = np.append(values[1:2], values[1:])
+    vectors[odd] = [
+        v @ (turn / np.maximum(values, 1e-6)) for v in _across(weights, scale, vectors, to=1)[odd]
+    ]
     vectors[even] = [v @ turn for v in vectors[even]]
-    vectors[odd] = _across(weights, scale, vectors, to=1)[odd]
-    return vectors, int((values > _noise_edge(layers)).sum())
+    return [v * weight for v in vectors], int((values > _noise_edge(layers)).sum())
 
 
 def _across(

@@ -11,8 +11,8 @@ of what is gone folded into the bias. lam is chosen on the select part of the da
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from onnx_decomp.program import DROPPED, Labels
 from onnx_decomp.sites import Affine, Site
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.intp]
 
 RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, np.inf)
 """Candidates for lam, relative to the mean variance of a block's inputs."""
@@ -43,6 +44,17 @@ class Moments:
     xy: Array
     yy: Array
     """[N]: variances of y alone."""
+
+    def of(self, rows: Indices, columns: Indices) -> Moments:
+        """Those of one block."""
+        return Moments(
+            self.rows,
+            self.mean_x[rows],
+            self.mean_y[columns],
+            self.xx[np.ix_(rows, rows)],
+            self.xy[np.ix_(rows, columns)],
+            self.yy[columns],
+        )
 
 
 def accumulate(pairs: Iterable[tuple[NDArray[np.floating], NDArray[np.floating]]]) -> Moments:
@@ -90,7 +102,7 @@ def residual(moments: Moments, affine: Affine) -> float:
     return float(max(spread, 0.0) + offset @ offset)
 
 
-def blocks_of(rows: Labels, columns: Labels) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+def blocks_of(rows: Labels, columns: Labels) -> Iterator[tuple[Indices, Indices]]:
     """Row and column indices of every block; columns that no row feeds come with an empty row set."""
     for block in np.unique(columns[columns != DROPPED]):
         yield np.flatnonzero(rows == block), np.flatnonzero(columns == block)
@@ -98,55 +110,72 @@ def blocks_of(rows: Labels, columns: Labels) -> Iterator[tuple[NDArray[np.intp],
 
 def masked(affine: Affine, rows: Labels, columns: Labels) -> Affine:
     """The old weights on kept entries, zero elsewhere; nothing is made up for."""
-    weight = np.zeros_like(affine.weight)
-    for block_rows, block_columns in blocks_of(rows, columns):
-        at = np.ix_(block_rows, block_columns)
-        weight[at] = affine.weight[at]
-    return Affine(weight, affine.bias)
+    return _by_block(affine, rows, columns, lambda old, _rows, _columns: old)
 
 
 def refit(moments: Moments, affine: Affine, rows: Labels, columns: Labels, ridge: float) -> Affine:
     """The ridge solution of the module's formula on the entries where rows and columns share a block.
 
-    affine: the old weights [K, N]; `ridge` is relative to the mean variance of each block's inputs, inf keeps the old
-    weights. Columns labelled DROPPED get zeros.
+    affine: the old weights [K, N]. Columns labelled DROPPED get zeros.
     """
-    weight = np.zeros(affine.weight.shape)
-    for block_rows, block_columns in blocks_of(rows, columns):
-        if not block_rows.size:
-            continue
-        at = np.ix_(block_rows, block_columns)
-        old = affine.weight[at].astype(np.float64)
-        if np.isinf(ridge):
-            weight[at] = old
-            continue
-        xx = moments.xx[np.ix_(block_rows, block_rows)]
-        lam = ridge * max(float(np.trace(xx)) / len(xx), TINY)
-        system = xx + lam * np.eye(len(xx))
-        weight[at] = linalg.solve(system, moments.xy[at] + lam * old, assume_a="pos", overwrite_a=True)
-    bias = moments.mean_y - moments.mean_x @ weight
-    bias[columns == DROPPED] = 0.0
-    return Affine(weight.astype(np.float32), bias.astype(np.float32))
+    return _by_block(affine, rows, columns, lambda old, r, c: refit_block(moments.of(r, c), old, ridge))
 
 
 def best_refit(fit: Moments, select: Moments, affine: Affine, rows: Labels, columns: Labels) -> Affine:
-    """Refit on `fit`, with the ridge that does best on `select`; doing nothing but masking is a candidate too."""
-    live = columns != DROPPED
-    candidates = [masked(affine, rows, columns)]
-    for ridge in RIDGES:
-        try:
-            candidates.append(refit(fit, affine, rows, columns, ridge))
-        except linalg.LinAlgError:
-            continue
-    return min(candidates, key=lambda candidate: relative_error(select, candidate, live))
+    """Each block refitted on `fit`, with the ridge that does best on `select`; leaving it as it was is a choice too."""
+
+    def best(old: Affine, r: Indices, c: Indices) -> Affine:
+        fitted, unseen = fit.of(r, c), select.of(r, c)
+        candidates = [old]
+        for ridge in RIDGES:
+            try:
+                candidates.append(refit_block(fitted, old, ridge))
+            except linalg.LinAlgError:
+                continue
+        return min(candidates, key=lambda candidate: residual(unseen, candidate))
+
+    return _by_block(affine, rows, columns, best)
 
 
-def relative_error(moments: Moments, affine: Affine, live: NDArray[np.bool_]) -> float:
+def refit_block(moments: Moments, old: Affine, ridge: float) -> Affine:
+    """The ridge solution for one block, dense in itself.
+
+    ridge: lam relative to the mean variance of the inputs; inf keeps the old weights and moves the bias only.
+    """
+    weight = old.weight.astype(np.float64)
+    if np.isfinite(ridge) and len(weight):
+        lam = ridge * max(float(np.trace(moments.xx)) / len(weight), TINY)
+        system = moments.xx + lam * np.eye(len(weight))
+        weight = linalg.solve(system, moments.xy + lam * weight, assume_a="pos", overwrite_a=True)
+    bias = moments.mean_y - moments.mean_x @ weight
+    return Affine(weight.astype(np.float32), bias.astype(np.float32))
+
+
+def _by_block(
+    affine: Affine, rows: Labels, columns: Labels, change: Callable[[Affine, Indices, Indices], Affine]
+) -> Affine:
+    """Put together what `change` makes of each block of W [k, n] and b [n]; zero outside of them."""
+    weight = np.zeros_like(affine.weight)
+    bias = np.zeros(len(columns), np.float32)
+    biased = affine.bias is not None
+    for r, c in blocks_of(rows, columns):
+        at = np.ix_(r, c)
+        block = change(Affine(affine.weight[at], None if affine.bias is None else affine.bias[c]), r, c)
+        weight[at] = block.weight
+        if block.bias is not None:
+            bias[c], biased = block.bias, True
+    return Affine(weight, bias if biased else None)
+
+
+def relative_error(moments: Moments, affine: Affine, rows: Labels, columns: Labels) -> float:
     """Root of the mean squared error over the variance of y, both summed over the columns that are computed."""
-    bias = None if affine.bias is None else affine.bias[live]
-    columns = replace(moments, mean_y=moments.mean_y[live], xy=moments.xy[:, live], yy=moments.yy[live])
-    variance = max(float(columns.yy.sum()), np.finfo(np.float64).tiny)
-    return float(np.sqrt(residual(columns, Affine(affine.weight[:, live], bias)) / variance))
+    error = variance = 0.0
+    for r, c in blocks_of(rows, columns):
+        block = moments.of(r, c)
+        bias = None if affine.bias is None else affine.bias[c]
+        error += residual(block, Affine(affine.weight[np.ix_(r, c)], bias))
+        variance += float(block.yy.sum())
+    return float(np.sqrt(error / max(variance, TINY)))
 
 
 @dataclass(frozen=True)
@@ -156,10 +185,16 @@ class Calibrator:
     probe: Probe
     data: Data
     batch: int = 512
+    unchanged: dict[tuple[Part, int], Moments] = field(default_factory=dict)
+    """Moments of the original, which every candidate for a region starts from; forgotten with the region."""
 
     def moments(self, part: Part, site: Site, affine: Mapping[int, Affine]) -> Moments:
         """Moments of x as the model with `affine` feeds it, and y as the original makes it."""
-        return accumulate(self._pairs(part, site, affine))
+        if affine:
+            return accumulate(self._pairs(part, site, affine))
+        if (part, site.index) not in self.unchanged:
+            self.unchanged[part, site.index] = accumulate(self._pairs(part, site, affine))
+        return self.unchanged[part, site.index]
 
     def _pairs(
         self, part: Part, site: Site, affine: Mapping[int, Affine]
@@ -204,8 +239,7 @@ def refit_run(
         fit = calibrator.moments("fit", site, placed)
         select = calibrator.moments("select", site, placed)
         best = best_refit(fit, select, affine, rows, columns)
-        live = columns != DROPPED
         placed[site.index] = best
         fitted.append(best)
-        errors.append((relative_error(fit, best, live), relative_error(select, best, live)))
+        errors.append((relative_error(fit, best, rows, columns), relative_error(select, best, rows, columns)))
     return Refitted(tuple(fitted), *zip(*errors, strict=True))

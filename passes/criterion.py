@@ -261,16 +261,19 @@ def _best_shrink(w: Matrix, scores: Scores, std: float) -> Shrink:
         np.append(c * np.geomspace(0.93, 1.07, 41), 1.0), edges, count, square, scores, std
     )
     best = max(fine, key=lambda found: found.likelihood)
-    return fine[-1] if fine[-1].likelihood > best.likelihood - max(4.0, 1e-4 * len(w)) else best
+    plain = max((found for found in fine if found.c == 1.0), key=lambda found: found.likelihood)
+    return plain if plain.likelihood > best.likelihood - max(4.0, 1e-4 * len(w)) else best
 
 
 def _shrunk_mixtures(
     grid: Vector, edges: Matrix, count: Vector, square: Vector, scores: Scores, std: float
 ) -> list[Shrink]:
     """EM over share and width of the learned part, for every c of a grid [C] at once, on binned |w| [bins]."""
+    grid, share = np.tile(grid, 3), np.repeat([0.5, 0.8, 0.95], len(grid))  # EM is slow where parts overlap
     at = np.abs(scores((edges / grid[:, None]).astype(np.float32)).astype(np.float64))
     null = np.diff(2 * special.ndtr(at) - 1, axis=1, prepend=0, append=1)
-    share, wide = np.full(len(grid), 0.5), np.maximum(1.5 * grid * std, np.sqrt(count @ square / count.sum()))
+    second = count @ square / count.sum()
+    wide = np.sqrt(np.maximum((second - share * (grid * std) ** 2) / (1 - share), (1.1 * grid * std) ** 2))
     for _ in range(100):
         learned = np.diff(2 * special.ndtr(edges / wide[:, None]) - 1, axis=1, prepend=0, append=1)
         mixed = share[:, None] * null + (1 - share)[:, None] * learned + 1e-12

@@ -173,6 +173,8 @@ class Planner:
         refusal = self._refusal(region)
         if refusal is not None:
             return Verdict(None, refusal)
+        if "calibrator" in self.program.shared:
+            self._calibrator.unchanged.clear()
         found = self.program.structures.get(region.name, ())
         structures = tuple(s for s in found if self._may_act_on(region, s))
         if self.program.data.kind == "calibration":
@@ -249,11 +251,10 @@ class Planner:
             tried.append(self._as_found(region, structures, budget))
         if self.reduce and len(region.widths) > 2:
             # Where the structure alone changes too much, dropping units on top only adds to that.
-            starts = [structures] if structures and tried[0].reason != "tolerance" else []
+            start = structures if structures and tried[0].reason != "tolerance" else ()
             moments = [self._calibrator.moments("fit", site, {}) for site in region.sites[1:]]
-            for start in [*starts, ()]:
-                paths = self._unit_paths(region, start, [moment.xx for moment in moments])
-                tried.append(self._fewest_units(region, start, paths, budget))
+            paths = self._unit_paths(region, start, [moment.xx for moment in moments])
+            tried.append(self._fewest_units(region, start, paths, budget))
         fitting = [verdict for verdict in tried if verdict.judged is not None]
         if not fitting:
             return tried[0] if structures else Verdict(None, "no-structure")
@@ -309,17 +310,15 @@ class Planner:
     ) -> Verdict:
         """Bisection over THRESHOLDS for the largest reduction whose measured change fits the budget."""
         best = Verdict(None, "no-redundancy")
-        low, high = 0, len(THRESHOLDS) - 1
+        ways = (reduce_to(region.widths, structures, paths, threshold) for threshold in THRESHOLDS)
+        by_gain = {found.gain: found for found in (self._candidate(region, structures, way) for way in ways)}
+        candidates = [by_gain[gain] for gain in sorted(by_gain, reverse=True) if gain >= WORTHWHILE]
+        low, high = 0, len(candidates) - 1
         while low <= high:
             middle = (low + high) // 2
-            keep = reduce_to(region.widths, structures, paths, THRESHOLDS[middle])
-            candidate = self._candidate(region, structures, keep)
-            if candidate.gain < WORTHWHILE:
-                high = middle - 1  # too timid to gain anything
-                continue
-            judged = self._judge(region, candidate)
+            judged = self._judge(region, candidates[middle])
             if judged.change <= budget:
-                best = Verdict(judged, numbers={"change": judged.change, "gain": candidate.gain})
+                best = Verdict(judged, numbers={"change": judged.change, "gain": judged.candidate.gain})
                 high = middle - 1
             else:
                 low = middle + 1

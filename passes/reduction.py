@@ -49,36 +49,32 @@ def unit_path(xx: Array, weight: NDArray[np.floating]) -> UnitPath:
     size = len(xx)
     lam = RIDGE * max(float(np.trace(xx)) / size, TINY)
     inverse = linalg.inv(xx + lam * np.eye(size), overwrite_a=True, check_finite=False)
-    w = weight.astype(np.float64).copy()
+    w = weight.astype(np.float64)
     total = max(float(np.sum(w * (xx @ w))), np.finfo(np.float64).tiny)
-    alive = np.ones(size, bool)
+    units = np.arange(size)
     order: list[NDArray[np.intp]] = []
     growth: list[Array] = []
     step = max(1, size // STEPS)
-    while alive.any():
-        living = np.flatnonzero(alive)
-        loss = np.einsum("hn,hn->h", w[living], w[living]) / np.diagonal(inverse)[living]
-        chosen = living[np.argsort(loss, kind="stable")[:step]]
-        order.append(chosen)
-        growth.append(_remove(w, inverse, chosen))
-        alive[chosen] = False
+    while units.size:
+        loss = np.einsum("hn,hn->h", w, w) / np.diagonal(inverse)
+        gone = np.zeros(len(units), bool)
+        gone[np.argsort(loss, kind="stable")[:step]] = True
+        order.append(units[gone])
+        w, inverse, joint = _without(w, inverse, gone)
+        growth.append(np.full(len(order[-1]), joint / len(order[-1])))
+        units = units[~gone]
     error = np.concatenate([[0.0], np.cumsum(np.concatenate(growth))])
     return UnitPath(np.concatenate(order), np.sqrt(np.maximum.accumulate(error) / total))
 
 
-def _remove(w: Array, inverse: Array, chosen: NDArray[np.intp]) -> Array:
-    """Refit w without the chosen units and downdate the inverse, both in place; returns the loss of each unit."""
-    across = inverse[:, chosen].copy()
-    corner = across[chosen]
-    solved = linalg.solve(corner, w[chosen], assume_a="sym")
-    joint = max(float(np.sum(w[chosen] * solved)), 0.0)
-    w -= across @ solved
-    inverse -= across @ linalg.solve(corner, across.T, assume_a="sym")
-    w[chosen] = 0.0
-    inverse[chosen] = 0.0
-    inverse[:, chosen] = 0.0
-    inverse[chosen, chosen] = 1.0
-    return np.full(len(chosen), joint / len(chosen))
+def _without(w: Array, inverse: Array, gone: NDArray[np.bool_]) -> tuple[Array, Array, float]:
+    """The remaining rows of w [h, N] refitted, the inverse [h, h] of what remains, and the squared error added."""
+    across = inverse[np.ix_(~gone, gone)]
+    corner = linalg.cho_factor(inverse[np.ix_(gone, gone)])
+    solved = linalg.cho_solve(corner, w[gone])
+    joint = max(float(np.sum(w[gone] * solved)), 0.0)
+    rest = inverse[np.ix_(~gone, ~gone)] - across @ linalg.cho_solve(corner, across.T)
+    return w[~gone] - across @ solved, rest, joint
 
 
 def round_up(count: int, size: int, multiple: int = 16) -> int:

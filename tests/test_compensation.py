@@ -74,7 +74,7 @@ def test_best_refit_keeps_the_old_weights_when_nothing_is_gone() -> None:
     whole = np.zeros(40, np.int32), np.zeros(5, np.int32)
     best = best_refit(fit, select, old, *whole)
     np.testing.assert_array_equal(best.weight, old.weight)
-    assert relative_error(select, best, np.ones(5, bool)) < 1e-5
+    assert relative_error(select, best, *whole) < 1e-5
 
 
 def test_unit_path_drops_copies_and_dead_units_for_nothing() -> None:
