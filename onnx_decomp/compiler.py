@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_decomp import calibration, cost, model_io, runtime, verify
+from onnx_decomp import calibration, model_io, runtime, verify
 from onnx_decomp.axes import find_regions
 from onnx_decomp.calibration import Data
 from onnx_decomp.errors import CannotVerifyError, DecompError, InputError, ProviderError
@@ -28,9 +28,9 @@ from onnx_decomp.metrics import Verification, compare_outputs
 from onnx_decomp.model_io import ModelFile
 from onnx_decomp.options import Options
 from onnx_decomp.passes.annealing import Annealing
-from onnx_decomp.passes.compensation import Calibrator
+from onnx_decomp.passes.compensation import BATCH
 from onnx_decomp.passes.criterion import Criterion
-from onnx_decomp.passes.planning import DEFAULT_ROWS, Planning
+from onnx_decomp.passes.planning import Planning
 from onnx_decomp.passes.splitting import Splitting, emit
 from onnx_decomp.probe import Probe
 from onnx_decomp.program import Pass, Program, Rewrite
@@ -43,6 +43,9 @@ MAX_ROUNDS = 8
 """After so many rounds of undoing, the answer is the copy."""
 
 SYNTHETIC_SAMPLES = 64
+
+MOST_TIMED = 128
+"""Samples of one timed run at most."""
 
 WHOLE_SECONDS, REGION_SECONDS = 2.0, 0.5
 """Time spent on comparing whole models, and on asking for each kept region whether it helps."""
@@ -122,7 +125,15 @@ class Run:
             data = self._synthetic()
         self.warnings += data.warnings
         program = Program(
-            self.source, self.options, index, sites, find_regions(index, sites), data, self.progress
+            self.source,
+            self.options,
+            index,
+            sites,
+            find_regions(index, sites),
+            data,
+            self.progress,
+            target=self.target,
+            timed_samples=min(MOST_TIMED, data.samples("report")),
         )
         for site in sites:
             if site.obstacle is not None:
@@ -131,8 +142,6 @@ class Run:
                 program.affine(
                     site
                 )  # a weight that holds NaN is refused by name before anything else is tried
-        program.shared["cost"] = cost.cuda() if self.target == "cuda" else cost.cpu()
-        program.shared["latency_samples"] = min(DEFAULT_ROWS, program.data.samples("report"))
         program.init = load_nulls(
             sites,
             program.affine,
@@ -192,16 +201,15 @@ class Run:
             finder.run(program)
         sites = [site for region in program.regions for site in region.sites]
         if sites:
-            probe = Probe(program.index, sites, self.source.folder)
-            program.shared["calibrator"] = Calibrator(probe, program.data)
-            program.shared["rows_per_sample"] = self._rows_per_sample(program)
+            program.probe = Probe(program.index, sites, self.source.folder)
+            program.rows_per_sample = self._rows_per_sample(program, program.probe)
             self._warn_of_few_rows(program)
 
     def _warn_of_few_rows(self, program: Program) -> None:
         """A refit on too few rows generalises badly; the select part will see it, the user should know why."""
         if program.data.kind != "calibration":
             return
-        samples, per_sample = program.data.samples("fit"), program.shared["rows_per_sample"]
+        samples, per_sample = program.data.samples("fit"), program.rows_per_sample
         short = [
             site
             for region in program.regions
@@ -216,12 +224,11 @@ class Run:
                 f"{ROWS_PER_INPUT} for each input let more be removed"
             )
 
-    def _rows_per_sample(self, program: Program) -> dict[int, int]:
-        calibrator: Calibrator = program.shared["calibrator"]
-        feeds = next(iter(calibrator.feeds("select")))
+    def _rows_per_sample(self, program: Program, probe: Probe) -> dict[int, int]:
+        feeds = next(program.data.batches("select", BATCH))
         samples = len(next(iter(feeds.values())))
         sites = [site for region in program.regions for site in region.sites]
-        made = calibrator.probe.run(feeds, {}, [site.output for site in sites])
+        made = probe.run(feeds, {}, [site.output for site in sites])
         return {site.index: max(1, made[site.output].size // site.shape[1] // samples) for site in sites}
 
     def _settle(self, program: Program) -> onnx.ModelProto | None:
@@ -232,12 +239,13 @@ class Run:
             if not program.rewrites:
                 return None
             Splitting().run(program)
-            written = program.shared["written"]
+            written = program.written
+            assert written is not None
             _stamp(written, program)
             self.progress.stage(f"measuring, round {number + 1}")
             self.gates = self._measure(program, written)
             if self.gates.offender is None:
-                return written  # type: ignore[no-any-return]
+                return written
             program.banned[self.gates.offender] = self.gates.why
             self.history.append({"round": number + 1, "undone": self.gates.offender, "why": self.gates.why})
         self._nothing(program, "rounds-exhausted")
@@ -280,23 +288,22 @@ class Run:
         for number, rewrite in enumerate(rewrites):
             self.progress.advance(number, len(rewrites))
             rest = [other for other in rewrites if other is not rewrite]
-            without = self._session(emit(program.index, rest, model_io.opset(self.source.proto)))
+            without = self._session(emit(program.index, rest, model_io.opset(self.source.proto), self.target))
             gains[rewrite.region.name] = self._latency(program, candidate, without, REGION_SECONDS).speedup
         slowest = min(gains, key=lambda name: gains[name])
         return slowest if gains[slowest] < 1.0 else None
 
     def _rewrite_change(self, program: Program, candidate: Session) -> float:
         """The written model against the dense-equivalent one: the same sums in another order."""
-        calibrator: Calibrator = program.shared["calibrator"]
+        probe = program.probe
+        assert probe is not None
         placed = {
             site.index: affine
             for rewrite in program.rewrites
             for site, affine in zip(rewrite.region.sites, rewrite.affine, strict=True)
         }
-        pairs = (
-            (calibrator.probe.run(feeds, placed), candidate.run(feeds))
-            for feeds in calibrator.feeds("select")
-        )
+        batches = program.data.batches("select", BATCH)
+        pairs = ((probe.run(feeds, placed), candidate.run(feeds)) for feeds in batches)
         return compare_outputs(pairs, "rel-l2", self.options.tolerance).largest
 
     def _latency(
@@ -306,7 +313,7 @@ class Run:
         before: Session | None = None,
         seconds: float = WHOLE_SECONDS,
     ) -> Latency:
-        feeds = next(program.data.batches("report", program.shared["latency_samples"]))
+        feeds = next(program.data.batches("report", program.timed_samples))
         return compare_latency(
             before or self.original, candidate, feeds, seconds=seconds, seed=self.options.seed
         )

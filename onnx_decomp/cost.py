@@ -45,8 +45,8 @@ class CPU:
     """Microseconds to move one element in Split, Concat or Transpose."""
     stream: float = 12e3
     """Bytes of weights per microsecond: what bounds a single row."""
-    column: float = 9e-3
-    """Microseconds to move one element in a Gather of single columns."""
+    column: float = 2.5e-3
+    """Microseconds to move one element when single columns are gathered, as rows between two Transposes."""
 
     def dense(self, T: int, K: int, N: int) -> float:
         return self.node + self._product(T, K * N, 8)
@@ -67,7 +67,7 @@ class CPU:
         return self.node * nodes + moved + self._product(T, weights, 8)
 
     def gather(self, T: int, width: int, run: int) -> float:
-        return self.node + T * width * (self.column / run + 1e-3)
+        return 3 * self.node + T * width * (self.column / run + 1e-3)
 
     def _product(self, T: int, weights: int, overhead: float) -> float:
         """Time of products: FLOPs with an overhead for few rows, or the weights' way from memory."""

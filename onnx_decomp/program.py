@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import onnx
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from onnx_decomp.init_stats import InitStats
     from onnx_decomp.model_io import ModelFile
     from onnx_decomp.options import Options
+    from onnx_decomp.probe import Probe
+    from onnx_decomp.runtime import Device
 
 Labels = NDArray[np.int32]
 """Block of each element of an axis: 0, 1, ..., or DROPPED."""
@@ -153,8 +155,15 @@ class Program:
     decisions: list[Decision] = field(default_factory=list)
     banned: dict[str, str] = field(default_factory=dict)
     """Regions that a gate has undone, with the reason; they are not planned again."""
-    shared: dict[str, Any] = field(default_factory=dict)
-    """Sessions and measurements that passes share, by name; nothing in it decides what is written."""
+    target: Device = "cpu"
+    """The provider that it is written for."""
+    timed_samples: int = 128
+    """Samples of one timed run: what predicted times are for."""
+    rows_per_sample: dict[int, int] = field(default_factory=dict)
+    """Rows of x for one sample, by index of the site."""
+    probe: Probe | None = None
+    written: onnx.ModelProto | None = None
+    """What the rewrites come to, before it is measured."""
 
     @property
     def original(self) -> onnx.ModelProto:

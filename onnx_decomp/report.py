@@ -142,7 +142,7 @@ def verdict(program: Program, latency: Latency | None) -> str:
 
 def matmul_flops(program: Program) -> tuple[int, int]:
     """FLOPs of all sites for one sample of the report data: of the original, and with the rewrites."""
-    rows = program.shared.get("rows_per_sample", {})
+    rows = program.rows_per_sample
     computed = {
         site.index: multiplications(rewrite, position)
         for rewrite in program.rewrites

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from onnx_decomp.calibration import Data, Part
-from onnx_decomp.probe import Feeds, Probe
+from onnx_decomp.probe import Probe
 from onnx_decomp.program import DROPPED, Labels
 from onnx_decomp.sites import Affine, Site
 
@@ -29,6 +29,9 @@ Indices = NDArray[np.intp]
 RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, np.inf)
 """Candidates for lam, relative to the mean variance of a block's inputs."""
 
+
+BATCH = 512
+"""Samples of one run over the data."""
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -184,7 +187,6 @@ class Calibrator:
 
     probe: Probe
     data: Data
-    batch: int = 512
     unchanged: dict[tuple[Part, int], Moments] = field(default_factory=dict)
     """Moments of the original, which every candidate for a region starts from; forgotten with the region."""
 
@@ -199,7 +201,7 @@ class Calibrator:
     def _pairs(
         self, part: Part, site: Site, affine: Mapping[int, Affine]
     ) -> Iterator[tuple[NDArray[np.floating], NDArray[np.floating]]]:
-        for feeds in self.data.batches(part, self.batch):
+        for feeds in self.data.batches(part, BATCH):
             if affine:
                 x = self.probe.run(feeds, affine, [site.input])[site.input]
                 y = self.probe.run(feeds, {}, [site.output])[site.output]
@@ -207,9 +209,6 @@ class Calibrator:
                 both = self.probe.run(feeds, {}, [site.input, site.output])
                 x, y = both[site.input], both[site.output]
             yield x, y
-
-    def feeds(self, part: Part) -> Iterator[Feeds]:
-        yield from self.data.batches(part, self.batch)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_decomp.axes import Region
-from onnx_decomp.cost import CostModel
+from onnx_decomp.calibration import Part
+from onnx_decomp.cost import CostModel, cpu, cuda
 from onnx_decomp.metrics import compare_outputs
-from onnx_decomp.passes.compensation import Calibrator, Refitted, masked, refit_run
+from onnx_decomp.passes.compensation import BATCH, Calibrator, Moments, Refitted, masked, refit_run
 from onnx_decomp.passes.folding import Layout, block_sizes, compose, forms, kept_flops, layouts, partition
 from onnx_decomp.passes.reduction import UnitPath, round_up, unit_path
 from onnx_decomp.program import DROPPED, Form, Labels, Program, Rewrite, Segment, Structure
@@ -36,8 +37,6 @@ WORTHWHILE = 1.02
 
 VANISHED = 1e-3
 """Share of a matrix' norm up to which entries count as gone already, whatever tolerance is allowed."""
-
-DEFAULT_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -167,14 +166,15 @@ class Planner:
     reduce: bool
     upstream: dict[int, Affine] = field(default_factory=dict)
     change: float = 0.0
+    unchanged: dict[tuple[Part, int], Moments] = field(default_factory=dict)
+    """Moments of the original at the region under work; see `Calibrator`."""
 
     def plan(self, region: Region, budget: float) -> Verdict:
         """The best way to write one region; the budget of change to the outputs includes that of earlier regions."""
         refusal = self._refusal(region)
         if refusal is not None:
             return Verdict(None, refusal)
-        if "calibrator" in self.program.shared:
-            self._calibrator.unchanged.clear()
+        self.unchanged.clear()
         found = self.program.structures.get(region.name, ())
         structures = tuple(s for s in found if self._may_act_on(region, s))
         if self.program.data.kind == "calibration":
@@ -326,8 +326,8 @@ class Planner:
 
     @property
     def _calibrator(self) -> Calibrator:
-        calibrator: Calibrator = self.program.shared["calibrator"]
-        return calibrator
+        assert self.program.probe is not None
+        return Calibrator(self.program.probe, self.program.data, self.unchanged)
 
     def _judge(self, region: Region, candidate: Candidate) -> Judged:
         old = [self.program.affine(site) for site in region.sites]
@@ -341,10 +341,10 @@ class Planner:
 
     def _change(self, placed: Mapping[int, Affine]) -> float:
         """Change of the model's outputs on the select part, by the metric of the tolerance."""
-        probe, options = self._calibrator.probe, self.program.options
-        pairs = (
-            (probe.run(feeds, {}), probe.run(feeds, placed)) for feeds in self._calibrator.feeds("select")
-        )
+        probe, options = self.program.probe, self.program.options
+        assert probe is not None
+        batches = self.program.data.batches("select", BATCH)
+        pairs = ((probe.run(feeds, {}), probe.run(feeds, placed)) for feeds in batches)
         return compare_outputs(pairs, options.metric, options.tolerance).largest
 
     def _candidate(
@@ -353,9 +353,8 @@ class Planner:
         structures: Sequence[Structure],
         keep: Sequence[NDArray[np.bool_] | None],
     ) -> Candidate:
-        cost: CostModel = self.program.shared["cost"]
-        per_sample = self.program.shared.get("rows_per_sample", {}).get(region.sites[0].index, 1)
-        rows = int(self.program.shared.get("latency_samples", DEFAULT_ROWS)) * int(per_sample)
+        cost: CostModel = cuda() if self.program.target == "cuda" else cpu()
+        rows = self.program.timed_samples * self.program.rows_per_sample.get(region.sites[0].index, 1)
         segments = with_best_forms(cost, rows, compose(region.widths, structures, keep))
         dense = compose(region.widths, (), [None] * len(region.widths))
         if self.program.options.objective == "latency":

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx_decomp.axes import Link
 from onnx_decomp.passes.folding import Layout, blocks_in_order, layouts
 from onnx_decomp.program import DROPPED, Program, Rewrite, Segment
+from onnx_decomp.runtime import Device
 from onnx_decomp.sites import Affine, GraphIndex, Site, nested_graphs
 
 Value: TypeAlias = Any
@@ -85,6 +86,7 @@ class Writer:
     index: GraphIndex
     rewrite: Rewrite
     fragment: Fragment
+    target: Device
 
     def write(self) -> None:
         region = self.rewrite.region
@@ -146,11 +148,19 @@ class Writer:
     def _rearrange(
         self, value: Value, order: NDArray[Any], width: int, run: int, prefix: str, into: str | None
     ) -> Value:
-        """One Gather, of runs of columns where the order moves such: far cheaper than single columns."""
+        """One Gather, of runs of columns where the order moves such: far cheaper than single columns.
+
+        Single columns go as rows of the transposed matrix on a CPU, where a Gather of columns copies one element at a
+        time: measured 2 to 3 times cheaper (docs/benchmarks.md). On a GPU either is about one copy.
+        """
         make = self.fragment
         if run == 1:
             chosen = make.integers(f"{prefix}/columns", order)
-            return make.one("Gather", f"{prefix}/Gather", [value, chosen], axis=1, into=into)
+            if self.target == "cuda":
+                return make.one("Gather", f"{prefix}/Gather", [value, chosen], axis=1, into=into)
+            value = make.one("Transpose", f"{prefix}/Columns", [value], perm=[1, 0])
+            value = make.one("Gather", f"{prefix}/Gather", [value, chosen], axis=0)
+            return make.one("Transpose", f"{prefix}/Back", [value], perm=[1, 0], into=into)
         runs = make.integers(f"{prefix}/runs", order[::run] // run)
         apart = make.integers(f"{prefix}/apart", [-1, width // run, run])
         joined = make.integers(f"{prefix}/joined", [-1, len(order)])
@@ -328,7 +338,9 @@ def _members(labels: NDArray[np.int32], layout: Layout, block: int) -> NDArray[n
     return members
 
 
-def emit(index: GraphIndex, rewrites: Sequence[Rewrite], opset: int) -> onnx.ModelProto:
+def emit(
+    index: GraphIndex, rewrites: Sequence[Rewrite], opset: int, target: Device = "cpu"
+) -> onnx.ModelProto:
     """The original with every rewrite's region replaced; a pure function, the original stays as it is."""
     model = onnx.ModelProto()
     model.CopyFrom(index.proto)
@@ -339,7 +351,7 @@ def emit(index: GraphIndex, rewrites: Sequence[Rewrite], opset: int) -> onnx.Mod
     new_tensors: list[onnx.TensorProto] = []
     for rewrite in rewrites:
         fragment = Fragment(taken, opset, rewrite.region.sites[0].dtype)
-        Writer(index, rewrite, fragment).write()
+        Writer(index, rewrite, fragment, target).write()
         nodes, tensors = fragment.messages()
         fragments[rewrite.region.nodes[-1]] = nodes
         removed.update(rewrite.region.nodes)
@@ -408,10 +420,10 @@ def _prune(graph: onnx.GraphProto, removed: Sequence[onnx.NodeProto]) -> None:
 
 @dataclass(frozen=True)
 class Splitting:
-    """The last pass: nothing is decided here any more, `program.shared["written"]` is what will be measured."""
+    """The last pass: nothing is decided here any more, `program.written` is what will be measured."""
 
     name: str = "splitting"
 
     def run(self, program: Program) -> None:
         opset = next((o.version for o in program.original.opset_import if o.domain in ("", "ai.onnx")), 1)
-        program.shared["written"] = emit(program.index, program.rewrites, opset)
+        program.written = emit(program.index, program.rewrites, opset, program.target)

@@ -74,7 +74,7 @@ def make_program(node: str = "fc1", keep: bool = True) -> Program:
         program.rewrites.append(Rewrite(region, (segment,), affine, "split", "applied", errors=errors))
     else:
         program.decide("planning", region.sites[0], "declined", "not-faster", gain=0.9)
-    program.shared["rows_per_sample"] = {0: 10, 1: 10}
+    program.rows_per_sample = {0: 10, 1: 10}
     return program
 
 
