@@ -189,7 +189,7 @@ def contrast(spec: Planted, null: Null = "distribution") -> float:
 def recoverable(
     spec: Planted, null: Null = "distribution", margin: float = 1.0, misplaced: float = 0.01
 ) -> bool:
-    """Whether every layer alone shows its blocks exactly: DESIGN.md section 4, with n its smaller side.
+    """Whether every layer alone shows its blocks exactly: docs/statistics.md, with n its smaller side.
 
     margin: factor by which the detection threshold must be exceeded; misplaced: what the oracle may lose.
     Cautious for chains, where two layers speak for each hidden axis.

@@ -1,7 +1,7 @@
 """Predicted time of each form of a layer, in microseconds: what the plan goes by before anything is measured.
 
-The figures come from evidence/forms.md: section 2, a CPU model fitted to 72 measured cases on one thread, and
-section 4, a roofline of one GPU. They rank forms; the latency gate measures the one that ranks first.
+The CPU figures are fitted to 72 cases measured on one thread of an AVX-512 machine (mean error 10 to 15 %); the GPU ones
+are a roofline, not a measurement. docs/benchmarks.md holds them against what another machine measures. They rank forms; the latency gate measures the one that ranks first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True)
 class CPU:
-    """One thread, float32: section 2 of evidence/forms.md."""
+    """One thread, float32."""
 
     flops: float = 95e3
     """Per microsecond, in a large MatMul."""
@@ -78,7 +78,7 @@ class CPU:
 
 @dataclass(frozen=True)
 class CUDA:
-    """One H200, float16, run eagerly: section 4 of evidence/forms.md, an estimate."""
+    """One H200, float16, run eagerly: estimated from its data sheet, not measured."""
 
     flops: float = 0.85 * 790e6
     """Per microsecond: 85 % of the peak."""

@@ -86,7 +86,7 @@ def oracle_recovers(planted: PlantedModel) -> bool:
 
 
 def threshold_gain(n: int, G: int, margin: float) -> float:
-    """κ at which (n/G)(κ² - 1) is `margin` times its noise 2√(n(2κ⁴/G + 2(G-1)/G)): DESIGN.md, section 4."""
+    """κ at which (n/G)(κ² - 1) is `margin` times its noise 2√(n(2κ⁴/G + 2(G-1)/G)): docs/statistics.md."""
     squares = np.linspace(1.001, 60, 200_000)
     enough = n / G * (squares - 1) > margin * 2 * np.sqrt(n * (2 * squares**2 / G + 2 * (G - 1) / G))
     return float(np.sqrt(squares[enough.argmax()])) if enough.any() else float("inf")

@@ -1,4 +1,4 @@
-"""The cost model against the measurements that it was fitted to (evidence/forms.md)."""
+"""The cost model against the measurements that it was fitted to (docs/benchmarks.md has new ones)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_chains_on_cpu(T: int, G: int, measured: float) -> None:
 
 def test_a_gather_of_columns_costs_as_much_as_a_small_dense_layer() -> None:
     assert cpu().gather(512, 1024, 1) == pytest.approx(cpu().dense(512, 1024, 165), rel=0.2)
-    assert cpu().gather(512, 1024, 64) < 0.2 * cpu().gather(512, 1024, 1)
+    assert cpu().gather(512, 1024, 64) < 0.35 * cpu().gather(512, 1024, 1)
 
 
 @pytest.mark.parametrize(

@@ -369,7 +369,7 @@ SCHEMA = {
     "rewrite": "max_rel_l2",
     "latency": "provider threads before_ms after_ms speedup interval",
 }
-"""Fields that DESIGN.md, section 3, promises, by where they are."""
+"""Fields that docs/report.md promises, by where they are."""
 
 
 def test_the_report_has_every_promised_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
