@@ -1,7 +1,8 @@
 """Predicted time of each form of a layer, in microseconds: what the plan goes by before anything is measured.
 
-The CPU figures are fitted to 72 cases measured on one thread of an AVX-512 machine (mean error 10 to 15 %); the GPU ones
-are a roofline, not a measurement. docs/benchmarks.md holds them against what another machine measures. They rank forms; the latency gate measures the one that ranks first.
+The CPU figures are fitted to 72 cases measured on one thread of an AVX-512 machine (mean error 10 to 15 %); the GPU
+ones are a roofline, not a measurement. docs/benchmarks.md holds them against what another machine measures. They rank
+forms; the latency gate measures the one that ranks first.
 """
 
 from __future__ import annotations
