@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+from joblib import cpu_count
+from threadpoolctl import threadpool_limits
 
 from onnx_decomp import calibration, model_io, runtime, verify
 from onnx_decomp.axes import find_regions
@@ -380,7 +382,9 @@ def compile_model(
 ) -> tuple[Result, Program]:
     """Compile a loaded model; nothing is written."""
     run = Run(source, options, progress or Silent())
-    program, written = run.compile()
+    # BLAS threads spin while they wait: one for each core, beside any other program, is several times slower than half.
+    with threadpool_limits(limits=max(1, cpu_count() // 2), user_api="blas"):
+        program, written = run.compile()
     if written is None:
         run.gates = Gates()
     measured = Measured(
