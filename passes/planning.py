@@ -259,7 +259,8 @@ class Planner:
         if not fitting:
             return tried[0] if structures else Verdict(None, "no-structure")
         best = max(fitting, key=lambda verdict: verdict.numbers["gain"])
-        return replace(best, passed_over=tuple(verdict for verdict in tried[:1] if verdict.judged is None))
+        passed_over = tuple(verdict for verdict in tried[:1] if verdict.judged is None)
+        return replace(best, numbers=tried[0].numbers | best.numbers, passed_over=passed_over)
 
     def _as_found(self, region: Region, structures: Sequence[Structure], budget: float) -> Verdict:
         candidate = self._candidate(region, structures, [None] * len(region.widths))
