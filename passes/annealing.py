@@ -190,7 +190,9 @@ def annealed_structure(run: Sequence[Evidence], seed: int = 0, restarts: int = 1
         return Failure(Reason("off-block-evidence", {"blocks": best.blocks, "p": best.p}), blamed)
     labels = ordered(drop_dead(layers, clean))
     final = valued(layers, labels, count_blocks(labels))
-    if final.blocks < 2 or final.p >= LEVEL:
+    if final.blocks < 2:
+        return Failure(Reason("no-structure", {"gain": final.gain, "blocks": best.blocks}), weakest)
+    if final.p >= LEVEL:
         return Failure(Reason("not-better-than-shuffled", {"gain": final.gain}), int(final.gains.argmin()))
     others = [other for turn in range(restarts) for other in again(layers, embedding, final, seed + 1 + turn)]
     stability = float(np.mean([agreement(labels, other.labels) for other in others])) if others else 1.0

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.vq import kmeans2, vq
+from scipy.cluster.vq import ClusterError, kmeans2, vq
+from scipy.optimize import linear_sum_assignment
 from scipy.special import gammaln, ndtr
 
 from onnx_decomp.passes.criterion import one_hot, slabs
@@ -265,7 +266,10 @@ def cluster(embedding: Sequence[Matrix], G: int, rng: np.random.Generator) -> Gr
     best, distortion = few[:G], np.inf
     for _ in range(8):
         start = few[_spread_seeds(few, G, rng)]
-        centres, _ = kmeans2(few, start, minit="matrix", iter=15, missing="warn")
+        try:
+            centres, _ = kmeans2(few, start, minit="matrix", iter=15, missing="raise")
+        except ClusterError:  # a cluster lost all its points
+            continue
         found = float((vq(few, centres)[1] ** 2).sum())
         if found < distortion:
             best, distortion = centres, found
@@ -307,7 +311,27 @@ def search(
 
 
 def _from(layers: Sequence[Layer], embedding: Sequence[Matrix], G: int, rng: np.random.Generator) -> State:
-    return consolidate(layers, anneal(layers, cluster(embedding, G, rng), G, rng), rng)
+    settled = anneal(layers, cluster(embedding, G, rng), G, rng)
+    matched = anneal(layers, aligned(layers, settled), G, rng, QUENCH)
+    return consolidate(layers, max(settled, matched, key=lambda state: state.gain), rng)
+
+
+def aligned(layers: Sequence[Layer], state: State) -> Grouping:
+    """The same groupings with the names of each axis matched to those of the axis before it.
+
+    Two parts of a run can settle on the same blocks under different names. No single element can then change to its
+    true name, as all its neighbours have the other one: the best assignment of names to names is found at once.
+    """
+    found = [state.labels[0]]
+    for layer, cols in zip(layers, state.labels[1:], strict=True):
+        learned = layer.learned()
+        evidence = layer.spread(learned - layer.count @ learned / layer.count.sum())
+        joint = one_hot(found[-1], state.blocks).T @ (evidence @ one_hot(cols, state.blocks))
+        names = np.full(state.blocks + 1, DROPPED, np.int32)  # the last one: DROPPED indexes it as -1
+        here, there = linear_sum_assignment(joint, maximize=True)
+        names[there] = here
+        found.append(names[cols])
+    return tuple(found)
 
 
 def anneal(
@@ -379,6 +403,5 @@ def again(
 ) -> tuple[State, State]:
     """The search anew from another seed, and the found grouping heated up and cooled: what comes back is stable."""
     rng = np.random.default_rng(seed)
-    anew = anneal(layers, cluster(embedding, state.blocks, rng), state.blocks, rng)
     heated = anneal(layers, state.labels, state.blocks, rng, HOT)
-    return consolidate(layers, anew, rng), consolidate(layers, heated, rng)
+    return _from(layers, embedding, state.blocks, rng), consolidate(layers, heated, rng)

@@ -126,7 +126,7 @@ def fit_snapshot(W: Matrix, W0: Matrix, seed: int = 0) -> NullFit:
     return NullFit(
         shrink=c,
         scale=max(scale, PRECISE * size, coarse),
-        fits=bool(share) or not forgotten or lines.related,
+        fits=bool(share) or not forgotten or left_trace(w[alive], w0[alive]),
         exact=bool(share),
         tolerance=(low, max(TOLERANCES[1] * size, 4 * low)),
     )
@@ -154,44 +154,8 @@ def find_atom(w: Vector, w0: Vector, size: float) -> float | None:
     return float(np.median(tight))
 
 
-@dataclass(frozen=True)
-class Lines:
-    """Mixture of two lines w = slope w0 + N(0, sigma²), the tighter one first; one line has share (1, 0)."""
-
-    slope: Vector
-    sigma: Vector
-    share: Vector
-    related: bool
-    """A slope differs from zero: w0 left a trace in w."""
-
-
-def two_lines(w: Vector, w0: Vector) -> Lines:
-    """Maximum likelihood by EM from several starts; the second line must earn its place (BIC). w, w0: [n]."""
-    if len(w) < 20 or not w.any():
-        return Lines(np.zeros(2), np.full(2, float(w.std()) if len(w) else 0.0), np.array([1.0, 0.0]), False)
-    one = _em(w, w0, np.zeros((1, len(w))), 1)
-    slopes = sorted({0.0, 1.0, float(one.slope[0])}) if w0.any() else [0.0]
-    few = slice(0, 1 << 16)
-    trials = []
-    for start in product(slopes, slopes):
-        sigma = float((w - start[0] * w0).std()) * np.array([0.8, 1.4])
-        log_start = _log_density(w[few], w0[few], np.array(start), sigma, np.array([0.8, 0.2]))
-        trials.append(_em(w[few], w0[few], log_start, 12))
-    best = max(trials, key=lambda trial: trial.likelihood)
-    two = _em(w, w0, _log_density(w, w0, *best[:3]), 60)
-    earned = two.likelihood - one.likelihood > 2.5 * np.log(len(w)) and two.share.min() > 0.005
-    slope, sigma, share, _ = two if earned else one
-    weight = np.exp(_normalised(_log_density(w, w0, slope, sigma, share)))
-    trace = float(((slope / sigma) ** 2 * (weight @ w0**2)).sum())  # χ² of both slopes being zero
-    tighter = np.argsort(sigma)
-    related = bool(stats.chi2.sf(trace, len(sigma)) < 0.005 and slope[tighter[0]] > -0.1)
-    if not earned:
-        return Lines(np.repeat(slope, 2), np.repeat(sigma, 2), np.array([1.0, 0.0]), related)
-    return Lines(slope[tighter], sigma[tighter], share[tighter], related)
-
-
-class Mixture(NamedTuple):
-    """Lines under EM, in no order."""
+class Lines(NamedTuple):
+    """Mixture of lines w = slope w0 + N(0, sigma²), each field one value per line."""
 
     slope: Vector
     sigma: Vector
@@ -199,7 +163,37 @@ class Mixture(NamedTuple):
     likelihood: float
 
 
-def _em(w: Vector, w0: Vector, log_start: Vector, steps: int) -> Mixture:
+def two_lines(w: Vector, w0: Vector) -> Lines:
+    """Maximum likelihood by EM from several starts, the tighter line first. w, w0: [n].
+
+    The second line must earn its place (BIC); where it does not, both are the one line, with shares 1 and 0.
+    """
+    if len(w) < 20 or not w.any():
+        return Lines(np.zeros(2), np.full(2, w.std() if len(w) else 0.0), np.array([1.0, 0.0]), 0.0)
+    one = _em(w, w0, np.zeros((1, len(w))), 1)
+    slopes = sorted({0.0, 1.0, float(one.slope[0])}) if w0.any() else [0.0]
+    few = slice(0, 1 << 16)
+    trials = []
+    for start in product(slopes, slopes):
+        sigma = max(float((w - start[0] * w0).std()), float(one.sigma[0])) * np.array([0.8, 1.4])
+        log_start = _log_density(w[few], w0[few], np.array(start), sigma, np.array([0.8, 0.2]))
+        trials.append(_em(w[few], w0[few], log_start, 12))
+    best = max(trials, key=lambda trial: trial.likelihood)
+    two = _em(w, w0, _log_density(w, w0, *best[:3]), 60)
+    if two.likelihood - one.likelihood < 2.5 * np.log(len(w)) or two.share.min() < 0.005:
+        return Lines(np.repeat(one.slope, 2), np.repeat(one.sigma, 2), np.array([1.0, 0.0]), one.likelihood)
+    tighter = np.argsort(two.sigma)
+    return Lines(two.slope[tighter], two.sigma[tighter], two.share[tighter], two.likelihood)
+
+
+def left_trace(w: Vector, w0: Vector) -> bool:
+    """Whether w still leans towards w0. If unrelated, w0 is exchangeable, and the score is N(0, 1) whatever w is."""
+    lean = np.clip(w, *(np.median(np.abs(w)) * np.array([-3, 3]))) if len(w) else w
+    spread = float(w0.std() * np.sqrt(lean @ lean)) if len(w) else 0.0
+    return spread > 0 and float(lean @ (w0 - w0.mean())) > 3 * spread
+
+
+def _em(w: Vector, w0: Vector, log_start: Vector, steps: int) -> Lines:
     """Steps of EM from log responsibilities [lines, n], up to a constant."""
     log_density = log_start
     floor = 1e-6 * float(np.abs(w).mean()) + 1e-30
@@ -209,7 +203,7 @@ def _em(w: Vector, w0: Vector, log_start: Vector, steps: int) -> Mixture:
         slope = (weight @ (w * w0)) / (weight @ (w0 * w0) + 1e-30)
         sigma = np.maximum(np.sqrt((weight * (w - slope[:, None] * w0) ** 2).sum(1) / mass), floor)
         log_density = _log_density(w, w0, slope, sigma, mass / len(w))
-    return Mixture(slope, sigma, mass / len(w), float(special.logsumexp(log_density, axis=0).sum()))
+    return Lines(slope, sigma, mass / len(w), float(special.logsumexp(log_density, axis=0).sum()))
 
 
 def _log_density(w: Vector, w0: Vector, slope: Vector, sigma: Vector, share: Vector) -> Vector:
@@ -428,7 +422,8 @@ def _evidence(
 ) -> Evidence:
     np.clip(z, -LIMIT, LIMIT, out=z)
     sets, sample = set_tests(z), _sample(z, seed)
-    misfit = central_distance(sample)
+    # Where unchanged entries are exact there is no jitter, and its scale is a convention.
+    misfit = 0.0 if frozen is not None and frozen.mean() >= EXACT else central_distance(sample)
     sampling = 1.63 / np.sqrt(len(sample))
     misfits = kind == "distribution" and frozen is None and misfit > MARGIN + sampling
     return Evidence(
