@@ -29,7 +29,7 @@ from onnx_decomp.passes.coclustering import (
     search,
     valued,
 )
-from onnx_decomp.passes.criterion import block_pair_tests, holm, slabs
+from onnx_decomp.passes.significance import block_pair_tests, holm, slabs
 from onnx_decomp.program import DROPPED, Evidence, Program, Structure
 
 LEVEL = 0.01
@@ -128,7 +128,7 @@ def exact_structure(run: Sequence[Evidence]) -> Structure | None:
     labels, G = tried[first], count_blocks(tried[first])
     if stretches[first] < 2 or G < 2:
         return None
-    state = valued([Layer.read(e.z) for e in run], labels, G)
+    state = valued([Layer.read(e.z, e.frozen) for e in run], labels, G)
     if state.p >= LEVEL or state.gains.min() <= 0:
         return None
     return Structure(0, len(run), labels, G, "exact", state.p, stretches[first] / PLATEAU)
@@ -172,7 +172,7 @@ def components(changed: Sequence[NDArray[np.bool_]]) -> Grouping:
 
 def annealed_structure(run: Sequence[Evidence], seed: int = 0, restarts: int = 1) -> Structure | Failure:
     """The best grouping of a whole run, or why it is none."""
-    layers = [Layer.read(e.z) for e in run]
+    layers = [Layer.read(e.z, e.frozen) for e in run]
     if min(min(layer.codes.shape) for layer in layers) < SMALLEST:
         return Failure(Reason("no-structure"), int(np.argmin([min(layer.codes.shape) for layer in layers])))
     rng = np.random.default_rng(seed)

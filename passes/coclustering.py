@@ -19,11 +19,9 @@ from scipy.cluster.vq import ClusterError, kmeans2, vq
 from scipy.optimize import linear_sum_assignment
 from scipy.special import gammaln, ndtr
 
-from onnx_decomp.passes.criterion import one_hot, slabs
+from onnx_decomp.passes.significance import Matrix, Vector, one_hot, slabs
 from onnx_decomp.program import DROPPED, Labels
 
-Matrix = NDArray[np.float32]
-Vector = NDArray[np.float64]
 Grouping = tuple[Labels, ...]
 """Labels of every axis of a run."""
 
@@ -67,11 +65,13 @@ class Layer:
     count: Vector
 
     @classmethod
-    def read(cls, z: Matrix) -> Layer:
+    def read(cls, z: Matrix, frozen: NDArray[np.bool_] | None = None) -> Layer:
         codes = np.empty(z.shape, np.uint8)
         count = np.zeros(LEVELS)
         for rows in slabs(z):
             codes[rows] = np.searchsorted(EDGES, np.abs(z[rows]))
+            if frozen is not None:
+                codes[rows][frozen[rows]] = 0
             count += np.bincount(codes[rows].reshape(-1), minlength=LEVELS)
         return cls(z, codes, count)
 

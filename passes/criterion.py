@@ -9,22 +9,28 @@ docs/statistics.md, where every error rate is measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import joblib
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
-from scipy.linalg import lapack
 
+from onnx_decomp.passes.significance import (
+    Matrix,
+    Vector,
+    entry_p_values,
+    learned_rank,
+    set_tests,
+    slabs,
+    supported,
+)
 from onnx_decomp.program import Evidence, Program
 from onnx_decomp.sites import Site
 
-Matrix = NDArray[np.float32]
-Vector = NDArray[np.float64]
 Scores = Callable[[Matrix], NDArray[np.floating]]
 """Normal scores of weights under a distribution."""
 
@@ -33,7 +39,9 @@ LIMIT = 40.0
 SAMPLE = 1 << 18
 """Entries that fits look at; their error is then far below the spread of one entry."""
 ATOM = 0.01
-"""Smallest share of entries on one exact value of W/W0 that counts as exact."""
+"""Smallest share of exact zeros that is more than an accident."""
+TRACE = 0.003
+"""Smallest share of entries on one exact value of W/W0 that is more than an accident."""
 EXACT = 0.3
 """Share of exactly unchanged entries from which the rest counts as learned, not as jitter."""
 TOLERANCES = (1e-4, 1e-2)
@@ -48,7 +56,6 @@ FAMILY = 1e-3
 """Log likelihood per entry by which a normal null may beat the one that was named."""
 FORGOTTEN = 0.75
 """Noise this large against W0 and no trace of W0: the snapshot says nothing about these weights."""
-LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -59,22 +66,34 @@ class NullFit:
     scale: float
     fits: bool = True
     exact: bool = False
-    """Unchanged entries hold exactly c W0 (or 0)."""
+    """Nearly all unchanged entries hold exactly c W0 or 0: there is no jitter."""
     tolerance: tuple[float, float] = (0.0, 0.0)
     """Ends of the plateau of tolerances, in units of the weights."""
+    atom: float | None = None
+    """c of entries that hold exactly c W0; under jitter it may be another than that of the rest."""
 
 
 def snapshot_evidence(W: Matrix, W0: Matrix, seed: int = 0) -> Evidence:
     """Evidence of W [K, N] against its initial values W0 [K, N]."""
     fit = fit_snapshot(W, W0, seed)
+    frozen = _frozen(W, W0, fit)
     z = W0 * np.float32(-fit.shrink)
     z += W
-    zero = _zeros(W)
-    if zero is not None:
-        z[zero] = 0
+    z[W == 0] = 0
     z /= np.float32(fit.scale)
-    frozen = np.abs(z) <= np.float32(sum(fit.tolerance) / 4 / fit.scale) if fit.exact else None
     return _evidence("snapshot", z, frozen, fit, seed)
+
+
+def _frozen(W: Matrix, W0: Matrix, fit: NullFit) -> NDArray[np.bool_] | None:
+    """Entries [K, N] that are exactly zero or on the atom, within the plateau's middle, or its low end under jitter."""
+    frozen = _zeros(W)
+    if fit.atom is None:
+        return frozen
+    frozen = np.zeros(W.shape, np.bool_) if frozen is None else frozen
+    tolerance = np.float32(np.sqrt(np.prod(fit.tolerance)) if fit.exact else fit.tolerance[0])
+    for rows in slabs(W):
+        frozen[rows] |= np.abs(W[rows] - np.float32(fit.atom) * W0[rows]) <= tolerance
+    return frozen
 
 
 def distribution_evidence(W: Matrix, scores: Scores, std: float, seed: int = 0) -> Evidence:
@@ -110,32 +129,33 @@ def fit_snapshot(W: Matrix, W0: Matrix, seed: int = 0) -> NullFit:
     alive = w != 0
     share = 1 - float(alive.mean())
     share = share if share >= ATOM else 0.0
-    c = find_atom(w[alive], w0[alive], size)
-    if c is not None:
-        on_atom = np.abs(w - c * w0) <= TOLERANCES[1] / 3 * size
+    atom = find_atom(w[alive], w0[alive], size)
+    if atom is not None:
+        on_atom = np.abs(w - atom * w0) <= TOLERANCES[1] / 3 * size
         share += float((on_atom & alive).mean())
         alive &= ~on_atom
     lines = two_lines(w[alive], w0[alive])
-    forgotten = lines.sigma[0] >= FORGOTTEN * size
-    all_exact = share >= EXACT or (share > 0 and lines.share[0] == 1.0)
-    if c is None or not (all_exact or abs(c - lines.slope[0]) < 0.05):
-        c = float(lines.slope[0])
-    scale = 0.0 if all_exact else float(lines.sigma[0])
+    exact = share >= EXACT or (share > ATOM and lines.share[0] == 1.0)
+    c = float(lines.slope[0])
+    if atom is not None and (exact or abs(atom - c) < 0.05):
+        c = atom
     coarse = _rounding(W, abs(c) * float(np.abs(w0).max(initial=0)))
     low = max(TOLERANCES[0] * size, coarse)
+    forgotten = atom is None and share == 0 and lines.sigma[0] >= FORGOTTEN * size
     return NullFit(
         shrink=c,
-        scale=max(scale, PRECISE * size, coarse),
-        fits=bool(share) or not forgotten or left_trace(w[alive], w0[alive]),
-        exact=bool(share),
+        scale=max(0.0 if exact else float(lines.sigma[0]), PRECISE * size, coarse),
+        fits=not forgotten or left_trace(w[alive], w0[alive]),
+        exact=exact,
         tolerance=(low, max(TOLERANCES[1] * size, 4 * low)),
+        atom=atom,
     )
 
 
 def find_atom(w: Vector, w0: Vector, size: float) -> float | None:
     """The value of w/w0 that a set of entries share exactly, or None.
 
-    The densest window of sorted ratios is an atom if it holds a share of ATOM, and three times what its
+    The densest window of sorted ratios is an atom if it holds a share of TRACE, and three times what its
     neighbourhood, twenty times as wide, would put there.
     """
     ratio = np.sort((w / np.where(w0 == 0, np.inf, w0))[np.abs(w0) > 0.1 * size])
@@ -148,7 +168,7 @@ def find_atom(w: Vector, w0: Vector, size: float) -> float | None:
     around = float(np.median(inside))
     near = np.diff(np.searchsorted(ratio, [around - 10 * width[best], around + 10 * width[best]]))[0]
     smooth = (near - count[best]) / 19
-    if count[best] < max(ATOM * len(ratio), 3 * smooth, 20):
+    if count[best] < max(TRACE * len(ratio), 3 * smooth, 20):
         return None
     tight = inside[np.abs(inside - around) <= 2 * np.median(np.abs(inside - around)) + 1e-7]
     return float(np.median(tight))
@@ -193,17 +213,16 @@ def left_trace(w: Vector, w0: Vector) -> bool:
     return spread > 0 and float(lean @ (w0 - w0.mean())) > 3 * spread
 
 
-def _em(w: Vector, w0: Vector, log_start: Vector, steps: int) -> Lines:
-    """Steps of EM from log responsibilities [lines, n], up to a constant."""
-    log_density = log_start
+def _em(w: Vector, w0: Vector, log_density: Vector, steps: int) -> Lines:
+    """Steps of EM from log densities [lines, n], up to a constant."""
     floor = 1e-6 * float(np.abs(w).mean()) + 1e-30
+    weight, _ = _expect(log_density)
     for _ in range(steps):
-        weight = np.exp(_normalised(log_density))
         mass = weight.sum(1) + 1e-9
         slope = (weight @ (w * w0)) / (weight @ (w0 * w0) + 1e-30)
         sigma = np.maximum(np.sqrt((weight * (w - slope[:, None] * w0) ** 2).sum(1) / mass), floor)
-        log_density = _log_density(w, w0, slope, sigma, mass / len(w))
-    return Lines(slope, sigma, mass / len(w), float(special.logsumexp(log_density, axis=0).sum()))
+        weight, likelihood = _expect(_log_density(w, w0, slope, sigma, mass / len(w)))
+    return Lines(slope, sigma, mass / len(w), likelihood)
 
 
 def _log_density(w: Vector, w0: Vector, slope: Vector, sigma: Vector, share: Vector) -> Vector:
@@ -212,9 +231,12 @@ def _log_density(w: Vector, w0: Vector, slope: Vector, sigma: Vector, share: Vec
     return log_density
 
 
-def _normalised(log_density: Vector) -> Vector:
-    normalised: Vector = log_density - special.logsumexp(log_density, axis=0)
-    return normalised
+def _expect(log_density: Vector) -> tuple[Vector, float]:
+    """Responsibilities [lines, n] and the log likelihood; scipy's logsumexp takes five times as long."""
+    largest = log_density.max(0)
+    weight = np.exp(log_density - largest)
+    total = weight.sum(0)
+    return weight / total, float((largest + np.log(total)).sum())
 
 
 # --- distribution: |W| is a mixture of |c W0| and something wider -------------------------------------------------
@@ -281,7 +303,7 @@ def _shrunk_mixtures(
     return [Shrink(*map(float, row)) for row in zip(grid, np.maximum(pure, likelihood), share, strict=True)]
 
 
-# --- what the scores say ------------------------------------------------------------------------------------------
+# --- the evidence --------------------------------------------------------------------------------------------------
 
 
 def central_distance(z: Matrix) -> float:
@@ -294,125 +316,6 @@ def central_distance(z: Matrix) -> float:
     )
 
 
-def entry_p_values(z: NDArray[np.floating]) -> Vector:
-    """Two-sided p-values of normal scores."""
-    p: Vector = 2 * special.ndtr(-np.abs(z, dtype=np.float64))
-    return p
-
-
-def supported(p: Vector) -> NDArray[np.bool_]:
-    """Which hypotheses Benjamini and Hochberg (1995) reject at false discovery rate LEVEL."""
-    rejected: NDArray[np.bool_] = stats.false_discovery_control(np.clip(p, 0, 1)) <= LEVEL
-    return rejected
-
-
-@dataclass(frozen=True)
-class SetTests:
-    """p-values of sums of z² against χ² with as many degrees of freedom as entries."""
-
-    rows: Vector
-    cols: Vector
-    tiles: Vector
-    """[K/side, N/side]; tiles at the border are smaller."""
-
-
-def set_tests(z: Matrix, side: int = 32) -> SetTests:
-    """Row, column and tile tests of z [K, N]."""
-    K, N = z.shape
-    rows, strips = np.empty(K), []
-    for part in slabs(z, side):
-        square = z[part].astype(np.float32) ** 2
-        rows[part] = square.sum(1, dtype=np.float64)
-        strips.append(np.add.reduceat(square, np.arange(0, len(square), side), axis=0, dtype=np.float64))
-    strip = np.concatenate(strips)
-    tiles = np.add.reduceat(strip, np.arange(0, N, side), axis=1)
-    heights, widths = (np.diff(np.append(np.arange(0, n, side), n)) for n in (K, N))
-    return SetTests(
-        *(
-            np.asarray(stats.chi2.sf(total, entries))
-            for total, entries in ((rows, N), (strip.sum(0), K), (tiles, np.outer(heights, widths)))
-        )
-    )
-
-
-def learned_rank(z: Matrix) -> int:
-    """Singular values of z [K, N] above the Marchenko-Pastur edge √K + √N of pure noise.
-
-    Counted, not computed: by Sylvester's law the eigenvalues of the Gram matrix above t are the positive pivots of
-    the LDLᵀ factorisation of Gram - t (Bunch and Kaufman: each 2x2 pivot holds one positive and one negative).
-    """
-    small = z if z.shape[0] <= z.shape[1] else z.T
-    edge = np.sqrt(z.shape[0]) + np.sqrt(z.shape[1])
-    gram = np.zeros((len(small), len(small)), np.float32)
-    for start in range(0, small.shape[1], 1024):
-        part = small[:, start : start + 1024]
-        gram += part @ part.T
-    # Finite-size fluctuations of the largest noise eigenvalue (Tracy-Widom): three of their scales to the edge.
-    fluctuation = edge * (1 / np.sqrt(z.shape[0]) + 1 / np.sqrt(z.shape[1])) ** (1 / 3)
-    gram[np.diag_indices_from(gram)] -= np.float32(edge**2 + 3 * fluctuation)
-    factor, pivots, _ = lapack.ssytrf(gram.T, lower=1, overwrite_a=1)
-    single = pivots > 0
-    return int((np.diagonal(factor)[single] > 0).sum() + (~single).sum() // 2)
-
-
-def holm(p: Vector) -> Vector:
-    """Family-wise adjusted p-values (Holm 1979), of any shape."""
-    order = np.argsort(p, axis=None)
-    steps = p.ravel()[order] * np.arange(p.size, 0, -1)
-    adjusted = np.empty(p.size)
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
-    return adjusted.reshape(p.shape)
-
-
-@dataclass(frozen=True)
-class PairTests:
-    """Block pairs of one layer: all [G, G], rows x columns."""
-
-    p: Vector
-    """Off-diagonal: p-value that the block's mean z² exceeds that of the other off-diagonal blocks; diagonal: 1."""
-    level: Vector
-    """Mean z² of each block (0 where empty)."""
-
-
-def block_pair_tests(
-    z: Matrix, row_labels: NDArray[np.int32], col_labels: NDArray[np.int32], G: int
-) -> PairTests:
-    """Does an off-diagonal block, as a set, beat the pool of the other ones?
-
-    Both sums of z² are scaled χ² whatever the scale of the jitter, so their ratio is F(m, M - m). Heavier tails
-    than normal only make a χ² of fewer degrees: m is divided by (kurtosis - 1)/2 of the pool (Box 1953).
-    """
-    row, col = one_hot(row_labels, G), one_hot(col_labels, G)
-    total, fourth = np.zeros((G, G)), np.zeros((G, G))
-    for part in slabs(z):
-        square = z[part] ** 2
-        total += row[part].T @ (square @ col)
-        square *= square
-        fourth += row[part].T @ (square @ col)
-    m = np.outer(row.sum(0, dtype=np.float64), col.sum(0, dtype=np.float64))
-    off = ~np.eye(G, dtype=bool)
-    pool, entries = total[off].sum(), m[off].sum()
-    kurtosis = fourth[off].sum() * entries / max(pool**2, 1e-30)
-    dilution = max((kurtosis - 1) / 2, 1.0)
-    level = total / np.maximum(m, 1)
-    rest = (pool - total) / np.maximum(entries - m, 1)
-    ratio = level / np.maximum(rest, 1e-12)
-    p = stats.f.sf(ratio, np.maximum(m, 1) / dilution, np.maximum(entries - m, 1) / dilution)
-    return PairTests(np.where(off & (m > 0) & (entries > m), p, 1.0), level)
-
-
-def one_hot(labels: NDArray[np.int32], G: int) -> Matrix:
-    """Membership [n, G] of labels [n]; DROPPED belongs nowhere."""
-    member: Matrix = (labels[:, None] == np.arange(G)).astype(np.float32)
-    return member
-
-
-def slabs(z: NDArray[Any], multiple: int = 1) -> Iterator[slice]:
-    """Consecutive row slices of about a million entries, so that temporaries stay small."""
-    height = max(1, (1 << 20) // max(z.shape[1], 1) // multiple) * multiple
-    return (slice(start, min(start + height, len(z))) for start in range(0, len(z), height))
-
-
 def _evidence(
     kind: Literal["snapshot", "distribution", "estimated"],
     z: Matrix,
@@ -423,7 +326,7 @@ def _evidence(
     np.clip(z, -LIMIT, LIMIT, out=z)
     sets, sample = set_tests(z), _sample(z, seed)
     # Where unchanged entries are exact there is no jitter, and its scale is a convention.
-    misfit = 0.0 if frozen is not None and frozen.mean() >= EXACT else central_distance(sample)
+    misfit = 0.0 if kind == "snapshot" and fit.exact else central_distance(sample)
     sampling = 1.63 / np.sqrt(len(sample))
     misfits = kind == "distribution" and frozen is None and misfit > MARGIN + sampling
     return Evidence(

@@ -20,15 +20,8 @@ from scipy import stats
 from models.planted import Planted, PlantedModel, build, oracle_misplacements, shuffled
 from onnx_decomp.init_stats import Law
 from onnx_decomp.passes.annealing import Finding, find_structure
-from onnx_decomp.passes.criterion import (
-    block_pair_tests,
-    distribution_evidence,
-    entry_p_values,
-    holm,
-    set_tests,
-    snapshot_evidence,
-    supported,
-)
+from onnx_decomp.passes.criterion import distribution_evidence, snapshot_evidence
+from onnx_decomp.passes.significance import block_pair_tests, entry_p_values, holm, set_tests, supported
 from onnx_decomp.program import Evidence
 
 

@@ -15,16 +15,13 @@ from models.planted import Planted, build
 from onnx_decomp.init_stats import Law
 from onnx_decomp.passes.criterion import (
     Criterion,
-    block_pair_tests,
     distribution_evidence,
     estimated_evidence,
     find_atom,
     fit_snapshot,
-    holm,
-    learned_rank,
     snapshot_evidence,
-    supported,
 )
+from onnx_decomp.passes.significance import block_pair_tests, holm, learned_rank, supported
 from onnx_decomp.program import Program
 from tests.recovery import evidence_of, false_discovery_proportion, law_of, null_rates
 
