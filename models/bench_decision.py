@@ -109,7 +109,7 @@ def decide(null: str, side: int, folder: Path) -> dict[str, Any]:
     return {
         "restarts": RESTARTS,
         "blocks": found.blocks if found else 1,
-        "recovered": _recovered(truth, found.labels) if found else 0.0,
+        "recovered": _recovered(truth, found.grouping) if found else 0.0,
         "criterion": looked - started,
         "search": searched - whole,
         "whole": whole - started,

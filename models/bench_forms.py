@@ -18,7 +18,7 @@ from rich.table import Table
 from models.bench_common import Section, compare, table, times
 from models.planted import INPUT, Planted, build
 from onnx_decomp import cost
-from onnx_decomp.axes import find_regions
+from onnx_decomp.axes import Region, find_regions
 from onnx_decomp.passes.planning import segment_time
 from onnx_decomp.passes.splitting import emit
 from onnx_decomp.program import Form, Rewrite, Segment
@@ -59,14 +59,14 @@ def _measure(
     model = cost.cpu()
     for K, N in shapes:
         for G in groups:
-            dense, written = _written(K, N, G)
+            dense, region, written = _written(K, N, G)
             for T in rows:
                 feeds = {INPUT: np.random.default_rng(T).standard_normal((T, K), np.float32)}
                 call = compare(_nothing(K), _nothing(K), feeds, 1, 0.05).before_ms * 1e3
                 for form, proto in written.items():
                     timed = compare(dense, proto, feeds, 1, seconds)
                     segments = [_segment(K, N, G, kind) for kind in ("dense", form)]
-                    before, after = (segment_time(model, T, s, s.form) for s in segments)
+                    before, after = (segment_time(model, T, region, s, s.form) for s in segments)
                     measured = max(timed.after_ms * 1e3 - call, 0.1)
                     yield Row(
                         K, N, G, T, form, after, measured, before / after, timed.speedup, timed.interval
@@ -74,13 +74,15 @@ def _measure(
 
 
 def _segment(K: int, N: int, G: int, form: Form) -> Segment:
-    if form == "dense":
-        return Segment(0, 1, (np.zeros(K, np.int32), np.zeros(N, np.int32)), 1, form)
-    labels = tuple(np.repeat(np.arange(G, dtype=np.int32), width // G) for width in (K, N))
-    return Segment(0, 1, labels, G, form)
+    blocks = 1 if form == "dense" else G
+    labels = {
+        group: np.repeat(np.arange(blocks, dtype=np.int32), width // blocks)
+        for group, width in enumerate((K, N))
+    }
+    return Segment((0,), labels, blocks, form)
 
 
-def _written(K: int, N: int, G: int) -> tuple[onnx.ModelProto, dict[Form, onnx.ModelProto]]:
+def _written(K: int, N: int, G: int) -> tuple[onnx.ModelProto, Region, dict[Form, onnx.ModelProto]]:
     """A dense layer whose blocks lie in order, and what the compiler's own emission makes of it."""
     planted = build(Planted((K, N), G, off="zero", hide="none"))
     index = GraphIndex.build(planted.model, onnx.numpy_helper.to_array)
@@ -90,7 +92,7 @@ def _written(K: int, N: int, G: int) -> tuple[onnx.ModelProto, dict[Form, onnx.M
         form: Rewrite(region, (_segment(K, N, G, form),), affine, "split", "applied") for form in FORMS
     }
     written = {form: emit(index, [rewrite], planted.spec.opset) for form, rewrite in rewrites.items()}
-    return planted.model, written
+    return planted.model, region, written
 
 
 def _nothing(width: int) -> onnx.ModelProto:

@@ -35,7 +35,7 @@ def main() -> None:
     assert program.init is not None
     weight, evidence = program.affine(site).weight, program.evidence[site.index]
     change = np.abs(weight - evidence.shrink * program.init.nulls[site.index].initial())
-    rows, columns = (np.argsort(labels, kind="stable") for labels in structure.labels[LAYER : LAYER + 2])
+    rows, columns = (np.argsort(labels, kind="stable") for labels in structure.grouping[LAYER : LAYER + 2])
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.7), constrained_layout=True)
     pictures = [
         (np.abs(weight), "trained weights |W|\nthe initial values hide everything"),

@@ -1,198 +1,365 @@
-"""Which axes move together.
+"""Which axes move together, and which parts of the graph are rewritten as one.
 
-An *axis group* is a set of tensor axes that must share one order: the hidden units between two layers, say. Its
-members are columns of the sites that write it, rows of the sites that read it, and the per-unit constants of the
-elementwise operators in between. A group that touches the interface of the graph, or an operator that is not known
-to act on each unit alone, is *pinned*: its order is part of the interface.
+An *axis group* is a set of units (see `tracing`) that appear together on an axis of some site: the hidden units between
+two layers, a residual stream through norms and adds, the heads of an attention. Every axis that carries the group keeps
+one order. A group that touches the interface of the graph, or an operator that is not understood, is *pinned*: its
+order is part of the interface. A free group may take any order, folded into all that carries it.
 
-A *region* is a run of sites joined by free groups, in graph order. It is what is solved, rewritten and undone as one.
+A *region* is a set of sites joined by operators that can be computed for some units alone, with those operators. It
+is what is solved, rewritten and undone as one. A norm ends a region: it needs the joined tensor.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from scipy.sparse import coo_array, csgraph
 
 from onnx_decomp.sites import GraphIndex, Site
+from onnx_decomp.tracing import DEFAULT, ELEMENTWISE, MICROSOFT, Units, trace
 
-# fmt: off
-UNARY = frozenset({
-    "Relu", "LeakyRelu", "Elu", "Selu", "Celu", "Gelu", "Erf", "Tanh", "Sigmoid", "HardSigmoid", "HardSwish", "Swish",
-    "Mish", "Softplus", "Softsign", "ThresholdedRelu", "Abs", "Neg", "Exp", "Log", "Sqrt", "Reciprocal", "Sin", "Cos",
-    "Floor", "Ceil", "Round", "Sign", "Identity",
-})
-# fmt: on
-BINARY = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "PRelu", "Sum", "Mean"})
-WITH_SCALARS = frozenset({"Clip"})
-MICROSOFT = frozenset({"Gelu", "FastGelu", "QuickGelu", "BiasGelu"})
-"""Operators that act on each unit alone, given operands that are scalars or have one value for each unit."""
+Positions = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
-class Link:
-    """The elementwise operators between two sites of a region: a small graph from `entry` to `exit`."""
+class Carrier:
+    """One axis (counted from the last, -1) of one tensor, and the unit of the group at each of its positions.
 
-    nodes: tuple[int, ...]
-    entry: str
-    exit: str
-    channels: tuple[str, ...]
-    """Constants with one value for each hidden unit, sliced when the axis is split."""
+    Positions of other groups, on an axis that several share, hold -1.
+    """
+
+    tensor: str
+    axis: int
+    units: Positions
 
 
 @dataclass(frozen=True)
 class AxisGroup:
-    """Axes that share one order: columns of `writers`, rows of `readers` (indices of sites), `channels` constants."""
+    """Units that share one order on all axes that carry them.
 
+    writers, readers: indices of the sites whose columns, or rows, carry it. stored: constants that do.
+    """
+
+    index: int
     size: int
     writers: tuple[int, ...]
     readers: tuple[int, ...]
-    channels: tuple[str, ...] = ()
+    stored: tuple[Carrier, ...] = field(repr=False)
     pinned: str | None = None
     """Why the order can't change, or None."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """A run of sites: site l writes the axis that site l+1 reads, `links[l]` between them."""
+    """Sites in graph order, and the operators between them.
+
+    ends: for each site the groups of its inputs (rows of W) and of its outputs (columns).
+    units: for each site the unit of each row, and of each column.
+    carriers: the one grouped axis of each tensor that the region's operators read or make.
+    entries: tensors from outside that carry units. exits: tensors that the outside reads.
+    elastic: groups whose units can be left out or copied: nothing outside sees them, nothing reshapes them.
+    """
 
     name: str
     sites: tuple[Site, ...]
-    links: tuple[Link, ...]
-    groups: tuple[AxisGroup, ...]
-    """One for each axis of the run: inputs, hidden axes, outputs; the first and the last are pinned."""
-
-    @property
-    def input(self) -> str:
-        return self.sites[0].input
-
-    @property
-    def output(self) -> str:
-        return self.sites[-1].output
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Length of each axis of the run: K of the first site, then N of every site."""
-        return (self.sites[0].shape[0], *(site.shape[1] for site in self.sites))
+    ends: tuple[tuple[int, int], ...]
+    units: tuple[tuple[Positions, Positions], ...] = field(repr=False)
+    links: tuple[int, ...]
+    groups: Mapping[int, AxisGroup] = field(repr=False)
+    carriers: Mapping[str, Carrier] = field(repr=False)
+    group_of: Mapping[str, int] = field(repr=False)
+    entries: tuple[str, ...] = ()
+    exits: tuple[str, ...] = ()
+    elastic: frozenset[int] = frozenset()
+    constants: tuple[str, ...] = ()
+    """Stored tensors beside weights and biases that carry units: scales, slopes."""
+    flat: bool = True
+    """All operators act on the last axis only, so that everything can be computed on matrices."""
 
     @property
     def nodes(self) -> tuple[int, ...]:
         """Positions of all nodes that a rewrite of the region replaces."""
-        found = [position for site in self.sites for position in site.nodes]
-        found += [position for link in self.links for position in link.nodes]
-        return tuple(sorted(found))
+        return tuple(sorted({*self.links, *(position for site in self.sites for position in site.nodes)}))
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Its groups by where they first occur along the sites: inputs, hidden ones, outputs."""
+        found = [group for ends in self.ends for group in ends]
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Size of each group, in `order`."""
+        return tuple(self.groups[group].size for group in self.order)
 
 
 def find_regions(index: GraphIndex, sites: Sequence[Site]) -> list[Region]:
-    """Runs of rewritable sites, as long as each hidden axis has one writer, one reader and elementwise operators."""
+    """Regions of the main graph in the order of their first site."""
     usable = [site for site in sites if site.obstacle is None]
-    by_input = Counter(site.input for site in usable)
-    readers = {site.input: site for site in usable if by_input[site.input] == 1}
-    follow: dict[int, tuple[Link, Site]] = {}
-    for site in usable:
-        link = _trace(index, site, readers)
-        if link is not None:
-            follow[site.index] = (link, readers[link.exit])
-    reached = {target.index for _, target in follow.values()}
-    regions: list[Region] = []
-    for site in usable:
-        if site.index in reached:
-            continue
-        run, links = [site], []
-        while run[-1].index in follow:
-            link, target = follow[run[-1].index]
-            links.append(link)
-            run.append(target)
-        regions.append(_region(index, run, links, len(regions)))
-    return regions
+    if not usable:
+        return []
+    return Builder(index, usable, trace(index)).regions()
 
 
-def _region(index: GraphIndex, run: list[Site], links: list[Link], number: int) -> Region:
-    first, last = run[0], run[-1]
-    groups = [AxisGroup(first.shape[0], (), (first.index,), pinned=_border(index, first.input))]
-    for before, link, after in zip(run, links, run[1:], strict=False):
-        groups.append(AxisGroup(before.shape[1], (before.index,), (after.index,), link.channels))
-    groups.append(AxisGroup(last.shape[1], (last.index,), (), pinned=_border(index, last.output)))
-    return Region(f"region_{number:03d}", tuple(run), tuple(links), tuple(groups))
+class Builder:
+    """Turns units into groups, and groups into regions."""
 
+    def __init__(self, index: GraphIndex, sites: Sequence[Site], units: Units) -> None:
+        self.index, self.sites, self.traced = index, sites, units
+        self.rows = {site.index: self._weight_units(site, 0) for site in sites}
+        self.columns = {site.index: self._weight_units(site, 1) for site in sites}
+        self.group_of_unit, self.place = self._group_units()
+        self.carriers = {name: self._carrier(name) for name in units.axes}
+        self.groups = dict(enumerate(self._groups()))
 
-def _border(index: GraphIndex, tensor: str) -> str:
-    if any(value.name == tensor for value in index.proto.graph.input):
-        return "graph-input"
-    if any(value.name == tensor for value in index.proto.graph.output):
-        return "graph-output"
-    operators = {index.node(position).op_type for position in index.consumers.get(tensor, [])}
-    if tensor in index.producer:
-        operators.add(index.node(index.producer[tensor]).op_type)
-    return "operator:" + ",".join(sorted(operators))
+    # Groups
 
+    def _weight_units(self, site: Site, side: int) -> NDArray[np.int64]:
+        """Unit of each row (side 0) or column (1) of W [K, N]."""
+        axis = (-2, -1)[side ^ site.transposed]
+        found = self.traced.of(site.weight, axis)
+        if found is not None:
+            return found
+        return np.full(site.shape[side], self.traced.unit[0])  # an axis of one: its order is no question
 
-def _trace(index: GraphIndex, site: Site, readers: dict[str, Site]) -> Link | None:
-    """Follow a site's output through elementwise operators until one site reads all of it.
+    def _group_units(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Group of each unit, -1 for those on no site, and its place within the group, by first occurrence."""
+        axes = [units for site in self.sites for units in (self.rows[site.index], self.columns[site.index])]
+        count = len(self.traced.unit)
+        heads = np.concatenate([np.broadcast_to(axis[0], axis.shape) for axis in axes])
+        tails = np.concatenate(axes)
+        together = coo_array((np.ones(len(heads), np.int8), (heads, tails)), shape=(count, count))
+        component = csgraph.connected_components(together, directed=False)[1]
+        units, first = np.unique(tails, return_index=True)
+        units = units[np.argsort(first)]
+        names = {int(c): number for number, c in enumerate(dict.fromkeys(component[units].tolist()))}
+        group, place = np.full(count, -1, np.intp), np.full(count, -1, np.intp)
+        sizes: dict[int, int] = defaultdict(int)
+        for unit in units:
+            number = names[int(component[unit])]
+            group[unit], place[unit] = number, sizes[number]
+            sizes[number] += 1
+        return group, place
 
-    The operators may form a small graph (an exported GELU reads its input twice); every tensor in it must stay
-    inside it. Returns None where the axis is pinned or where it forks.
-    """
-    inside, nodes, channels = {site.output}, [], []
-    pending = [site.output]
-    target: Site | None = None
-    while pending:
-        tensor = pending.pop()
-        if tensor in index.pinned_tensors:
-            return None
-        for position in index.consumers.get(tensor, []):
-            reader = readers.get(tensor)
-            if reader is not None and position == reader.nodes[0]:
-                if target is not None:
+    def _carrier(self, tensor: str) -> tuple[Carrier, int] | None:
+        """The axis of a tensor that carries a group, and the group; None for none, or for more than one."""
+        found = []
+        for axis in self.traced.axes[tensor].known:
+            units = self.traced.of(tensor, axis)
+            if units is None:
+                continue
+            groups = np.unique(self.group_of_unit[units])
+            if (groups >= 0).any():
+                if len(groups) > 1:
                     return None
-                target = reader
-                continue
-            if position in nodes:
-                continue
-            constants = _elementwise(index, position, site.shape[1], index.rank(site.output))
-            if constants is None:
-                return None
-            nodes.append(position)
-            channels += constants
-            inside.update(index.node(position).output)
-            pending += index.node(position).output
-    if target is None or not _closed(index, nodes, inside, target.input):
-        return None
-    return Link(tuple(sorted(nodes)), site.output, target.input, tuple(dict.fromkeys(channels)))
+                found.append((Carrier(tensor, axis, self.place[units]), int(groups[0])))
+        return found[0] if len(found) == 1 else None
 
+    def _groups(self) -> Iterable[AxisGroup]:
+        sizes = np.bincount(self.group_of_unit[self.group_of_unit >= 0])
+        reasons: dict[int, str] = {}
+        for elements, why in self.traced.pins:
+            for group in np.unique(self.group_of_unit[self.traced.unit[elements]]):
+                if reasons.get(int(group), "unknown") == "unknown":
+                    reasons[int(group)] = why
+        stored: dict[int, list[Carrier]] = defaultdict(list)
+        for name in self.index.stored:
+            for carrier, group in self._stored_carriers(name):
+                stored[group].append(carrier)
+                if not self._regular(carrier, int(sizes[group])):
+                    reasons.setdefault(group, "irregular")
+        for number, size in enumerate(sizes):
+            writers = [s.index for s in self.sites if self._group(self.columns[s.index]) == number]
+            readers = [s.index for s in self.sites if self._group(self.rows[s.index]) == number]
+            carriers = tuple(stored[number])
+            yield AxisGroup(number, int(size), tuple(writers), tuple(readers), carriers, reasons.get(number))
 
-def _closed(index: GraphIndex, nodes: list[int], inside: set[str], exit_tensor: str) -> bool:
-    """Every operand is made inside the link or constant, and every result is read."""
-    for position in nodes:
-        for name in index.node(position).input:
-            if name and name not in inside and index.constant(name) is None:
+    def _stored_carriers(self, name: str) -> Iterable[tuple[Carrier, int]]:
+        if name not in self.traced.axes:
+            return
+        for axis in self.traced.axes[name].known:
+            units = self.traced.of(name, axis)
+            if units is None:
+                continue
+            groups = self.group_of_unit[units]
+            for group in np.unique(groups[groups >= 0]):
+                yield Carrier(name, axis, np.where(groups == group, self.place[units], -1)), int(group)
+
+    @staticmethod
+    def _regular(carrier: Carrier, size: int) -> bool:
+        """Every unit occurs equally often, so that units can change places with one another."""
+        counts = np.bincount(carrier.units[carrier.units >= 0], minlength=size)
+        return bool((counts == counts[0]).all())
+
+    def _group(self, units: NDArray[np.int64]) -> int:
+        return int(self.group_of_unit[units[0]])
+
+    # Regions
+
+    def regions(self) -> list[Region]:
+        links = self._links()
+        label = self._components(links)
+        found: dict[int, list[Site]] = defaultdict(list)
+        for site in self.sites:
+            found[label[site.nodes[-1]]].append(site)
+        inside: dict[int, list[int]] = defaultdict(list)
+        for position in links:
+            inside[label[position]].append(position)
+        return [
+            self._region(f"region_{number:03d}", sites, inside[component])
+            for number, (component, sites) in enumerate(found.items())
+        ]
+
+    def _links(self) -> list[int]:
+        """Operators on a path from one site to another that can be computed for some units alone, in order."""
+        taken = {position for site in self.sites for position in site.nodes}
+        entry = {site.input for site in self.sites}
+        reached, links = {site.output for site in self.sites}, set[int]()
+        forward = []
+        for position, node in enumerate(self.index.proto.graph.node):
+            if position in taken or not any(name in reached for name in node.input):
+                continue
+            if self._separable(position):
+                forward.append(position)
+                reached.update(node.output)
+        wanted = set(entry)
+        for position in reversed(forward):
+            if any(name in wanted for name in self.index.node(position).output):
+                links.add(position)
+                wanted.update(self.index.node(position).input)
+        return sorted(links)
+
+    def _separable(self, position: int) -> bool:
+        """The operator can be computed for some units of one group alone."""
+        node = self.index.node(position)
+        if position not in self.traced.copyable or (len(node.output) > 1 and node.op_type != "Split"):
+            return False
+        if node.op_type == "Reshape" and self.index.constant(node.input[1]) is None:
+            return False  # a shape that is computed can't be told anew
+        for elements in self.traced.mixed.get(position, []):
+            if (self.group_of_unit[self.traced.unit[elements]] >= 0).any():
                 return False
-    return all(name == exit_tensor or index.consumers.get(name) for name in inside)
+        if any(self.carriers.get(name) is None for name in node.output):
+            return False
+        if _elementwise(self.index, position) and self._lifts(node):
+            return False
+        groups = {
+            found[1] for name in [*node.input, *node.output] if name and (found := self.carriers.get(name))
+        }
+        return len(groups) == 1
+
+    def _lifts(self, node: onnx.NodeProto) -> bool:
+        """A constant of higher rank adds an axis in front, which a fragment would lose."""
+        rank = self.traced.axes[node.output[0]].rank
+        for name in node.input:
+            constant = self.index.constant(name) if name else None
+            if constant is None:
+                if self.carriers.get(name) and self.traced.axes[name].rank != rank:
+                    return True
+            elif rank is None and constant.ndim > 1:
+                return True
+        return False
+
+    def _components(self, links: Sequence[int]) -> dict[int, int]:
+        """Component of each site (by its last node) and link: what one makes the other reads, or one stored weight."""
+        members = [site.nodes[-1] for site in self.sites] + list(links)
+        number = {position: at for at, position in enumerate(members)}
+        maker = {site.output: site.nodes[-1] for site in self.sites}
+        maker |= {name: position for position in links for name in self.index.node(position).output}
+        pairs = [
+            (number[maker[site.input]], number[site.nodes[-1]]) for site in self.sites if site.input in maker
+        ]
+        pairs += [
+            (number[maker[name]], number[position])
+            for position in links
+            for name in self.index.node(position).input
+            if name in maker
+        ]
+        first: dict[str, int] = {}
+        for site in self.sites:
+            pairs.append((number[first.setdefault(site.weight, site.nodes[-1])], number[site.nodes[-1]]))
+        heads, tails = np.array(pairs, np.intp).reshape(-1, 2).T
+        graph = coo_array((np.ones(len(heads), np.int8), (heads, tails)), shape=(len(members), len(members)))
+        labels = csgraph.connected_components(graph, directed=False)[1]
+        return {position: int(labels[at]) for position, at in number.items()}
+
+    def _region(self, name: str, sites: Sequence[Site], links: Sequence[int]) -> Region:
+        ends = tuple((self._group(self.rows[s.index]), self._group(self.columns[s.index])) for s in sites)
+        places = tuple((self.place[self.rows[s.index]], self.place[self.columns[s.index]]) for s in sites)
+        groups = {group: self.groups[group] for pair in ends for group in pair}
+        made = {site.output for site in sites} | {n for p in links for n in self.index.node(p).output}
+        read = [site.input for site in sites] + [
+            n for p in links for n in self.index.node(p).input if n and self.index.resolve(n) is None
+        ]
+        found = {n: self.carriers.get(n) for p in links for n in self.index.node(p).input if n}
+        found |= {n: self.carriers.get(n) for n in [*made, *read]}
+        for site, (rows, columns), (before, after) in zip(sites, ends, places, strict=True):
+            found[site.input] = found.get(site.input) or (Carrier(site.input, -1, before), rows)
+            found[site.output] = found.get(site.output) or (Carrier(site.output, -1, after), columns)
+        carried = {n: pair for n, pair in found.items() if pair is not None}
+        inner = {position for site in sites for position in site.nodes} | set(links)
+        exits = [
+            n
+            for n in made
+            if n in self.index.pinned_tensors or any(p not in inner for p in self.index.consumers.get(n, []))
+        ]
+        exits += [s.output for s in sites if s.output not in exits and not self.index.consumers.get(s.output)]
+        entries = [n for n in dict.fromkeys(read) if n not in made and n in carried]
+        joined = {carried[n][1] for n in [*entries, *exits]}
+        return Region(
+            name,
+            tuple(sites),
+            ends,
+            places,
+            tuple(links),
+            groups,
+            {n: carrier for n, (carrier, _) in carried.items()},
+            {n: group for n, (_, group) in carried.items()},
+            tuple(entries),
+            tuple(sorted(exits, key=lambda n: self.index.producer[n])),
+            frozenset(
+                group for group in groups if group not in joined and self._elastic(group, sites, links)
+            ),
+            tuple(n for n in carried if self.index.resolve(n) is not None),
+            self._flat(links, carried),
+        )
+
+    def _elastic(self, group: int, sites: Sequence[Site], links: Sequence[int]) -> bool:
+        """Free, carried by this region alone, one position for each unit, and only elementwise operators on it."""
+        found, own = self.groups[group], {site.index for site in sites}
+        if found.pinned or not own.issuperset([*found.writers, *found.readers]):
+            return False
+        if any(len(carrier.units) != found.size for carrier in found.stored):
+            return False
+        return all(
+            _elementwise(self.index, position)
+            for position in links
+            if any((c := self.carriers.get(n)) and c[1] == group for n in self.index.node(position).input)
+        )
+
+    def _flat(self, links: Sequence[int], carried: Mapping[str, tuple[Carrier, int]]) -> bool:
+        """Every tensor carries its units on its last axis, and constants beside them have one value for each."""
+        for position in links:
+            if not _elementwise(self.index, position):
+                return False
+            for name in self.index.node(position).input:
+                constant = self.index.constant(name) if name else None
+                if constant is not None and constant.size == 1:
+                    continue
+                if name and name not in carried:
+                    return False
+                if constant is not None and constant.size != constant.shape[-1]:
+                    return False
+        return all(carrier.axis == -1 for carrier, _ in carried.values())
 
 
-def _elementwise(index: GraphIndex, position: int, width: int, rank: int | None) -> list[str] | None:
-    """Per-unit constants of an operator that acts on each unit alone; None if it isn't known to."""
+def _elementwise(index: GraphIndex, position: int) -> bool:
     node = index.node(position)
-    domain, op = node.domain, node.op_type
-    known = op in UNARY | BINARY | WITH_SCALARS if domain in ("", "ai.onnx") else op in MICROSOFT
-    if domain not in ("", "ai.onnx", "com.microsoft") or not known or len(node.output) != 1:
-        return None
-    channels = []
-    for name in node.input:
-        if not name:
-            continue
-        array = index.constant(name)
-        if array is None:
-            if index.rank(name) is None and op in BINARY:
-                return None
-            continue
-        if array.ndim > 1 and (rank is None or array.ndim > rank):
-            return None  # it would lift the result to a higher rank
-        if array.size == 1:
-            continue
-        if op not in BINARY and op != "BiasGelu":
-            return None
-        if array.size != width or array.shape[-1] != width:
-            return None
-        channels.append(name)
-    return channels
+    if node.domain in DEFAULT:
+        return node.op_type in ELEMENTWISE
+    return node.op_type in MICROSOFT

@@ -318,7 +318,7 @@ class Run:
         placed = {
             site.index: affine
             for rewrite in program.rewrites
-            for site, affine in zip(rewrite.region.sites, rewrite.affine, strict=True)
+            for site, affine in zip(rewrite.region.sites, rewrite.fed, strict=True)
         }
         batches = program.data.batches("select", BATCH)
         pairs = ((probe.run(feeds, placed), candidate.run(feeds)) for feeds in batches)

@@ -46,7 +46,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
                 "name": region.name,
                 "nodes": [site.name for site in region.sites],
                 "widths": list(region.widths),
-                "pinned": [region.groups[0].pinned, region.groups[-1].pinned],
+                "pinned": [region.groups[at].pinned for at in (region.order[0], region.order[-1])],
             }
             for region in regions
         ],

@@ -1,7 +1,8 @@
 """The original graph, run with other weights.
 
-Every site of interest becomes MatMul + Add whose W and b are graph inputs, so one ONNX Runtime session serves every
-candidate: a rewrite is tried by feeding it. What the probe computes with a rewrite's dense-equivalent weights is what
+Every site of interest becomes MatMul + Add whose W and b are graph inputs of free size, so one ONNX Runtime session
+serves every candidate: a rewrite is tried by feeding it, with fewer hidden units or copies of some if it has them.
+What the probe computes with a rewrite's dense-equivalent weights is what
 the written model must compute, up to float noise.
 """
 
@@ -38,9 +39,9 @@ def probe_model(index: GraphIndex, sites: Sequence[Site], fetch: Iterable[str]) 
     graph.node.extend(nodes)
     for site in sites:
         element = onnx.helper.np_dtype_to_tensor_dtype(site.dtype)
-        k, n = site.shape
-        graph.input.append(onnx.helper.make_tensor_value_info(_weight(site), element, [k, n]))
-        graph.input.append(onnx.helper.make_tensor_value_info(_bias(site), element, [n]))
+        graph.input.append(onnx.helper.make_tensor_value_info(_weight(site), element, [None, None]))
+        graph.input.append(onnx.helper.make_tensor_value_info(_bias(site), element, [None]))
+    del graph.value_info[:]  # a rewrite may have fewer hidden units, or copies of some
     _drop_unread(graph, {site.weight for site in sites})
     known = {value.name for value in graph.output}
     for name in dict.fromkeys(fetch):
@@ -115,5 +116,5 @@ class Probe:
 
 def _rounded(site: Site, affine: Affine) -> tuple[NDArray[Any], NDArray[Any]]:
     """As the written model will store them: in the site's own type, a missing bias as zeros."""
-    bias = np.zeros(site.shape[1], np.float32) if affine.bias is None else affine.bias
+    bias = np.zeros(affine.weight.shape[1], np.float32) if affine.bias is None else affine.bias
     return np.ascontiguousarray(affine.weight, site.dtype), np.ascontiguousarray(bias, site.dtype)

@@ -62,37 +62,47 @@ class Evidence:
     """Further statistics for the report: share of rows, columns and tiles that are supported, and so on."""
 
 
+Copies = Mapping[int, NDArray[np.intp]]
+"""By group: the original unit of each element of an axis that was dealt out anew. A unit that several blocks need has a
+copy in each; one that none needs has none. A group that is not listed keeps its units as they are."""
+
+
 @dataclass(frozen=True)
 class Structure:
-    """Independent blocks found over consecutive sites of a region: sites start..stop-1, axes start..stop.
+    """Independent blocks over some sites of a region (their positions in it).
 
-    labels: one array for each axis from `start` to `stop`; DROPPED where nothing was learned at all.
+    labels: for each group of those sites the block of each unit; DROPPED where nothing was learned at all.
     p: probability of as good a structure under shuffled evidence (an upper bound where it is one).
     stability: share of elements that keep their block over temperatures and seeds.
     """
 
-    start: int
-    stop: int
-    labels: tuple[Labels, ...]
+    sites: tuple[int, ...]
+    labels: Mapping[int, Labels]
     blocks: int
-    kind: Literal["exact", "annealed"]
+    kind: Literal["exact", "annealed", "influence"]
     p: float
     stability: float
+    copies: Copies = field(default_factory=dict)
+
+    @property
+    def grouping(self) -> tuple[Labels, ...]:
+        """Labels of all groups, in their order along the sites."""
+        return tuple(self.labels.values())
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive sites of a region written in one form, with one grouping: sites start..stop-1, axes start..stop.
+    """Sites of a region (their positions in it) that are written in one form, with one grouping.
 
-    blocks == 1 is a dense (maybe reduced) layer. Elements labelled DROPPED are not computed: their effect is
-    folded into the bias.
+    labels: for each of their groups the block of each element. blocks == 1 is dense, maybe reduced. Elements labelled
+    DROPPED are not computed: their effect is folded into the bias.
     """
 
-    start: int
-    stop: int
-    labels: tuple[Labels, ...]
+    sites: tuple[int, ...]
+    labels: Mapping[int, Labels]
     blocks: int
     form: Form = "dense"
+    copies: Copies = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,12 @@ class Rewrite:
     """Predicted cost before over predicted cost after."""
     errors: tuple[tuple[float, float], ...] = ()
     """For each site the relative error of its output: on the data that it was fitted on, and on the select part."""
+    placed: tuple[Affine, ...] = ()
+    """The affine maps as the original graph is fed with them, where they differ (an input that several blocks read)."""
+
+    @property
+    def fed(self) -> tuple[Affine, ...]:
+        return self.placed or self.affine
 
 
 @dataclass(frozen=True)
@@ -151,6 +167,9 @@ class Program:
     init: InitStats | None = None
     evidence: dict[int, Evidence] = field(default_factory=dict)
     structures: dict[str, tuple[Structure, ...]] = field(default_factory=dict)
+    """By region: blocks that the weights show."""
+    slices: dict[str, Structure] = field(default_factory=dict)
+    """By region: independent parts that its function shows."""
     rewrites: list[Rewrite] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     banned: dict[str, str] = field(default_factory=dict)

@@ -19,8 +19,10 @@ import numpy as np
 import onnx
 
 from onnx_decomp import model_io
+from onnx_decomp.axes import Region
 from onnx_decomp.errors import InputError
 from onnx_decomp.init_stats import InitStats
+from onnx_decomp.passes.folding import block_sizes
 from onnx_decomp.program import Program, Rewrite, Segment, Structure
 from onnx_decomp.sites import Site
 
@@ -160,7 +162,7 @@ def multiplications(rewrite: Rewrite, position: int) -> int:
     segment = _covering(rewrite.segments, position)
     if segment is None:
         return rewrite.region.sites[position].flops // 2
-    return sum(len(rows) * len(columns) for rows, columns in _blocks(segment, position))
+    return sum(k * n for k, n in block_sizes(rewrite.region, segment, position))
 
 
 def versions() -> dict[str, str]:
@@ -222,7 +224,7 @@ def _size(model: onnx.ModelProto, flops: int) -> Report:
 
 def _sites(program: Program) -> list[Report]:
     place = {
-        site.index: (region.name, position)
+        site.index: (region, position)
         for region in program.regions
         for position, site in enumerate(region.sites)
     }
@@ -230,8 +232,9 @@ def _sites(program: Program) -> list[Report]:
     entries = []
     for site in program.sites:
         region, position = place.get(site.index, (None, 0))
-        rewrite = rewrites.get(region) if region else None
-        structure = _covering(program.structures.get(region, ()), position) if region else None
+        name = region.name if region else None
+        rewrite = rewrites.get(name) if name else None
+        unused = _unused(program, site, rewrite, position)
         entries.append(
             {
                 "node": site.name,
@@ -240,11 +243,11 @@ def _sites(program: Program) -> list[Report]:
                 "shape": site.shape,
                 "dtype": str(site.dtype),
                 "graph": site.graph,
-                "region": region,
+                "region": name,
                 **_evidence(program, site),
-                "structure": _structure(structure, position, _unused(program, site, rewrite, position)),
+                "structure": _structure(program, region, position, unused) if region else None,
                 **_outcome(site, rewrite, position),
-                "reason": _reason(program, site, region, rewrite),
+                "reason": _reason(program, site, name, rewrite),
                 "error": _errors(rewrite, position),
                 "decisions": [
                     {"pass": d.where, "verdict": d.verdict, "reason": d.reason, "numbers": dict(d.numbers)}
@@ -293,12 +296,14 @@ def _unused(program: Program, site: Site, rewrite: Rewrite | None, position: int
     return declined[-1] if declined else None
 
 
-def _structure(structure: Structure | None, position: int, unused: str | None) -> Report | None:
+def _structure(program: Program, region: Region, position: int, unused: str | None) -> Report | None:
+    """What was found at a site: by its weights, else by the function of the network that it is part of."""
+    found = [*program.structures.get(region.name, ()), *filter(None, [program.slices.get(region.name)])]
+    structure = _covering(found, position)
     if structure is None:
         return None
-    blocks = [{"rows": rows, "cols": columns} for rows, columns in _blocks(structure, position)]
-    found = {"blocks": blocks, "kind": structure.kind, "p": structure.p, "stability": structure.stability}
-    return {**found, "unused": unused}
+    told = {"kind": structure.kind, "p": structure.p, "stability": structure.stability}
+    return {"blocks": _blocks(region, structure, position), **told, "unused": unused}
 
 
 def _outcome(site: Site, rewrite: Rewrite | None, position: int) -> Report:
@@ -324,13 +329,18 @@ def _reason(program: Program, site: Site, region: str | None, rewrite: Rewrite |
 
 
 def _covering(spans: Iterable[Span], position: int) -> Span | None:
-    return next((span for span in spans if span.start <= position < span.stop), None)
+    return next((span for span in spans if position in span.sites), None)
 
 
-def _blocks(span: Structure | Segment, position: int) -> list[tuple[Any, Any]]:
+def _blocks(region: Region, structure: Structure, position: int) -> list[Report]:
     """Rows and columns of each block at one site, in original order."""
-    rows, columns = span.labels[position - span.start : position - span.start + 2]
-    return [(np.flatnonzero(rows == b), np.flatnonzero(columns == b)) for b in range(span.blocks)]
+    sides = []
+    for group, units in zip(region.ends[position], region.units[position], strict=True):
+        labels, copies = structure.labels[group], structure.copies.get(group)
+        of_elements = labels[units] if copies is None else labels
+        originals = np.arange(len(units)) if copies is None else copies
+        sides.append([np.sort(originals[of_elements == block]) for block in range(structure.blocks)])
+    return [{"rows": rows, "cols": columns} for rows, columns in zip(*sides, strict=True)]
 
 
 def _verification(found: Verification | None) -> Report | None:

@@ -356,12 +356,19 @@ def _nested_sites(index: GraphIndex, graph: onnx.GraphProto, where: str, number:
 
 
 def _mark_shared(sites: list[Site]) -> list[Site]:
-    """A weight used by several sites stays: splitting one use would leave two versions of it in the file."""
-    uses: dict[str, int] = defaultdict(int)
+    """Uses of one weight are rewritten together, or not at all: else the file would hold two versions of it."""
+    uses: dict[str, list[Site]] = defaultdict(list)
     for site in sites:
-        uses[site.weight] += 1
+        uses[site.weight].append(site)
+
+    def alike(site: Site) -> bool:
+        return all(
+            other.obstacle is None and (other.transposed, other.alpha) == (site.transposed, site.alpha)
+            for other in uses[site.weight]
+        )
+
     return [
-        replace(site, obstacle="shared-weight") if uses[site.weight] > 1 and not site.obstacle else site
+        replace(site, obstacle="shared-weight") if not site.obstacle and not alike(site) else site
         for site in sites
     ]
 

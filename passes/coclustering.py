@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,9 @@ from onnx_decomp.passes.significance import Matrix, Vector, one_hot, slabs
 from onnx_decomp.program import DROPPED, Labels
 
 Grouping = tuple[Labels, ...]
-"""Labels of every axis of a run."""
+"""Labels of every axis of the layers that are grouped together."""
+
+Elements = NDArray[np.intp]
 
 EDGES = np.concatenate(([1e-3, 0.02], np.arange(0.25, 3.1, 0.25), [3.5, 4, 5, 6, 8, 12, 20, 35])).astype(
     np.float32
@@ -56,16 +57,28 @@ HOT = Schedule(hottest=0.8, temperatures=3)
 # --- evidence as levels -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer's scores z [K, N], the level of each entry, and how often each level occurs."""
+    """One layer's scores z [K, N], the level of each entry, and how often each level occurs.
+
+    ends: which of the axes that are grouped together its rows and its columns are.
+    units: the element of that axis for each row, and for each column, where several belong to one (a head, say).
+    """
 
     z: Matrix
     codes: NDArray[np.uint8]
     count: Vector
+    ends: tuple[int, int] = (0, 1)
+    units: tuple[Elements | None, Elements | None] = (None, None)
 
     @classmethod
-    def read(cls, z: Matrix, frozen: NDArray[np.bool_] | None = None) -> Layer:
+    def read(
+        cls,
+        z: Matrix,
+        frozen: NDArray[np.bool_] | None = None,
+        ends: tuple[int, int] = (0, 1),
+        units: tuple[Elements | None, Elements | None] = (None, None),
+    ) -> Layer:
         codes = np.empty(z.shape, np.uint8)
         count = np.zeros(LEVELS)
         for rows in slabs(z):
@@ -73,7 +86,24 @@ class Layer:
             if frozen is not None:
                 codes[rows][frozen[rows]] = 0
             count += np.bincount(codes[rows].reshape(-1), minlength=LEVELS)
-        return cls(z, codes, count)
+        return cls(z, codes, count, ends, units)
+
+    def sides(self, labels: Sequence[Labels]) -> tuple[Labels, Labels]:
+        """Labels of its rows and of its columns."""
+        rows, cols = (
+            labels[axis] if units is None else labels[axis][units]
+            for axis, units in zip(self.ends, self.units, strict=True)
+        )
+        return rows, cols
+
+    def gather(self, side: int, scores: Matrix, size: int) -> Matrix:
+        """Scores [width, ...] of its rows (side 0) or columns (1), summed over each element of the axis."""
+        units = self.units[side]
+        if units is None:
+            return scores
+        total = np.zeros((size, *scores.shape[1:]), scores.dtype)
+        np.add.at(total, units, scores)
+        return total
 
     def spread(self, table: Vector) -> Matrix:
         """The value that a table gives to every entry [K, N]."""
@@ -111,8 +141,8 @@ class Layer:
 def ratios(layers: Sequence[Layer], labels: Sequence[Labels], G: int) -> list[Vector]:
     """For each layer, the log of how much likelier each level is within blocks than off them."""
     tables = []
-    for layer, (rows, cols) in zip(layers, pairwise(labels), strict=True):
-        inside = layer.inside(rows, cols, G)
+    for layer in layers:
+        inside = layer.inside(*layer.sides(labels), G)
         outside = layer.count - inside
         prior = 2 * layer.count / layer.count.sum() + 1e-6
         likelier = (inside + prior) / (inside + prior).sum() * (outside + prior).sum() / (outside + prior)
@@ -120,13 +150,17 @@ def ratios(layers: Sequence[Layer], labels: Sequence[Labels], G: int) -> list[Ve
     return tables
 
 
-def block_scores(scores: Sequence[Matrix], labels: Sequence[Labels], axis: int, G: int) -> Matrix:
+def block_scores(
+    layers: Sequence[Layer], scores: Sequence[Matrix], labels: Sequence[Labels], axis: int, G: int
+) -> Matrix:
     """Log likelihood ratio [width, G] of each element of an axis for each block, the other axes given."""
     total = np.zeros((len(labels[axis]), G), np.float32)
-    if axis < len(scores):
-        total += scores[axis] @ one_hot(labels[axis + 1], G)
-    if axis > 0:
-        total += scores[axis - 1].T @ one_hot(labels[axis - 1], G)
+    for layer, score in zip(layers, scores, strict=True):
+        rows, cols = layer.sides(labels)
+        if layer.ends[0] == axis:
+            total += layer.gather(0, score @ one_hot(cols, G), len(total))
+        if layer.ends[1] == axis:
+            total += layer.gather(1, score.T @ one_hot(rows, G), len(total))
     return total
 
 
@@ -163,16 +197,13 @@ def layer_gains(layers: Sequence[Layer], labels: Grouping, G: int) -> Vector:
 
         p <= exp(-(sum over layers of sum over in-block entries of log r  -  nats to name groupings and tables)).
 
-    The cost of an axis is borne half by each layer that it joins.
+    The cost of an axis is borne in equal parts by the layers that it joins.
     """
     cost = np.array([_label_cost(axis, G) for axis in labels])
-    cost[1:-1] /= 2
+    cost /= np.bincount([axis for layer in layers for axis in layer.ends], minlength=len(labels))
     table = LEVELS * np.log(SPAN) + np.log(MOST) / len(layers)
-    worth = [
-        _worth(layer.inside(rows, cols, G), layer.count)
-        for layer, (rows, cols) in zip(layers, pairwise(labels), strict=True)
-    ]
-    gains: Vector = np.array(worth) - cost[:-1] - cost[1:] - table
+    worth = [_worth(layer.inside(*layer.sides(labels), G), layer.count) for layer in layers]
+    gains: Vector = np.array(worth) - [sum(cost[list(layer.ends)]) for layer in layers] - table
     return gains
 
 
@@ -196,48 +227,89 @@ def _label_cost(labels: Labels, G: int) -> float:
 # --- spectral start -----------------------------------------------------------------------------------------------
 
 
-def embed(layers: Sequence[Layer], rng: np.random.Generator) -> tuple[list[Matrix], int]:
-    """Spectral co-clustering (Dhillon 2001) of a whole run, and how many blocks its singular values show.
+def widths_of(layers: Sequence[Layer]) -> list[int]:
+    """Number of elements of each axis."""
+    widths = [0] * (1 + max(axis for layer in layers for axis in layer.ends))
+    for layer in layers:
+        for axis, units, length in zip(layer.ends, layer.units, layer.codes.shape, strict=True):
+            widths[axis] = max(widths[axis], length if units is None else int(units.max()) + 1)
+    return widths
 
-    A run of layers is a bipartite graph between its even and its odd axes, so it is one matrix B, whose left and right
-    singular vectors embed all elements. B holds the posterior that an entry was learned, normalised by degrees.
+
+def sides_of(layers: Sequence[Layer]) -> list[int]:
+    """Side 0 or 1 of each axis, so that (nearly) every layer joins the two sides; breadth first from axis 0."""
+    count = 1 + max(axis for layer in layers for axis in layer.ends)
+    side = [-1] * count
+    for first in range(count):
+        side[first] = max(side[first], 0)
+        pending = [first]
+        while pending:
+            axis = pending.pop(0)
+            for layer in layers:
+                for here, there in (layer.ends, layer.ends[::-1]):
+                    if here == axis and side[there] < 0:
+                        side[there] = 1 - side[axis]
+                        pending.append(there)
+    return side
+
+
+def embed(layers: Sequence[Layer], rng: np.random.Generator) -> tuple[list[Matrix], int]:
+    """Spectral co-clustering (Dhillon 2001) of all axes, and how many blocks the singular values show.
+
+    Layers make a bipartite graph between two sides of axes (the even and the odd ones of a chain, a residual stream and
+    all that reads or writes it), so it is one matrix B, whose left and right singular vectors embed all elements. A
+    layer within one side is left to the search. B holds the posterior that an entry was learned, normalised by degrees.
     Returns an embedding [width, dimensions] of each axis.
     """
-    weights = [layer.spread(layer.learned()) for layer in layers]
-    widths = [len(weights[0]), *(w.shape[1] for w in weights)]
+    side, widths = np.array(sides_of(layers)), widths_of(layers)
+    across = [layer for layer in layers if side[layer.ends[0]] != side[layer.ends[1]]] or list(layers)
+    weights = [layer.spread(layer.learned()) for layer in across]
     degree = [np.full(n, 1e-6) for n in widths]
-    for axis, w in enumerate(weights):
-        degree[axis] += w.sum(1, dtype=np.float64)
-        degree[axis + 1] += w.sum(0, dtype=np.float64)
+    for layer, w in zip(across, weights, strict=True):
+        for end, axis in enumerate(layer.ends):
+            degree[axis] += layer.gather(end, w.sum(1 - end, dtype=np.float64), widths[axis])
     # A tenth of the mean degree is added so that nearly empty elements make no singular vectors of their own.
     scale = [(1 / np.sqrt(d + 0.1 * d.mean())).astype(np.float32)[:, None] for d in degree]
 
+    sizes = [sum(n for n, s in zip(widths, side, strict=True) if s == which) for which in (0, 1)]
     dimensions = min(MOST + 1, *widths)
     vectors = [rng.standard_normal((n, dimensions), np.float32) for n in widths]
-    even, odd = slice(0, None, 2), slice(1, None, 2)
+
+    def turned(to: int) -> tuple[list[Matrix], Matrix]:
+        made = _across(across, weights, scale, vectors)
+        basis, triangle = _orthonormal([made[axis] for axis in np.flatnonzero(side == to)])
+        for axis, vector in zip(np.flatnonzero(side == to), basis, strict=True):
+            vectors[axis] = vector
+        return vectors, triangle
+
+    if not min(sizes):
+        return vectors, 2
     for _ in range(8):  # randomised subspace iteration (Halko, Martinsson, Tropp 2011)
-        vectors[odd], _ = _orthonormal(_across(weights, scale, vectors, to=1)[odd])
-        vectors[even], triangle = _orthonormal(_across(weights, scale, vectors, to=0)[even])
+        turned(1)
+        _, triangle = turned(0)
     turn, values, _ = np.linalg.svd(triangle)
     # Dimensions weigh as much as they stand out, the trivial first one as the second; left and right alike.
     weight = np.append(values[1:2], values[1:])
-    vectors[odd] = [
-        v @ (turn / np.maximum(values, 1e-6)) for v in _across(weights, scale, vectors, to=1)[odd]
+    far = _across(across, weights, scale, vectors)
+    found = [
+        far[axis] @ (turn / np.maximum(values, 1e-6)) if side[axis] else vectors[axis] @ turn
+        for axis in range(len(widths))
     ]
-    vectors[even] = [v @ turn for v in vectors[even]]
-    return [v * weight for v in vectors], int((values > _noise_edge(layers)).sum())
+    return [v * weight for v in found], int((values > _noise_edge(layers)).sum())
 
 
 def _across(
-    weights: Sequence[Matrix], scale: Sequence[Matrix], vectors: Sequence[Matrix], to: int
+    layers: Sequence[Layer], weights: Sequence[Matrix], scale: Sequence[Matrix], vectors: Sequence[Matrix]
 ) -> list[Matrix]:
-    """B or its transpose times the vectors of one parity of axes; the result lies on the axes of parity `to`."""
+    """B and its transpose times the vectors: what each axis gets from those it is joined to."""
     out = [np.zeros_like(v) for v in vectors]
-    for axis, w in enumerate(weights):
-        if (axis + 1) % 2 == to:
-            out[axis + 1] += w.T @ (scale[axis] * vectors[axis])
-        else:
-            out[axis] += w @ (scale[axis + 1] * vectors[axis + 1])
+    for layer, w in zip(layers, weights, strict=True):
+        (row, col), (row_units, col_units) = layer.ends, layer.units
+        of_rows, of_cols = scale[row] * vectors[row], scale[col] * vectors[col]
+        of_rows = of_rows if row_units is None else of_rows[row_units]
+        of_cols = of_cols if col_units is None else of_cols[col_units]
+        out[row] += layer.gather(0, w @ of_cols, len(out[row]))
+        out[col] += layer.gather(1, w.T @ of_rows, len(out[col]))
     return [factor * v for factor, v in zip(scale, out, strict=True)]
 
 
@@ -298,7 +370,7 @@ def search(
     From the spectral guess, and from more blocks than that, which then merge: merging two halves is one step,
     parting two blocks that k-means took for one is many. On to still more while nothing, or as many, was found.
     """
-    most = max(2, min(MOST, *(min(layer.codes.shape) for layer in layers)))
+    most = max(2, min(MOST, *widths_of(layers)))
     first = min(max(guess, 2), most)
     best = _from(layers, embedding, first, rng)
     for factor in (1.25, 1.6, 2.0, 4.0, 8.0, 16.0):
@@ -317,20 +389,35 @@ def _from(layers: Sequence[Layer], embedding: Sequence[Matrix], G: int, rng: np.
 
 
 def aligned(layers: Sequence[Layer], state: State) -> Grouping:
-    """The same groupings with the names of each axis matched to those of the axis before it.
+    """The same groupings with the names of each axis matched to those of the axes before it.
 
-    Two parts of a run can settle on the same blocks under different names. No single element can then change to its
+    Two parts of a network can settle on the same blocks under different names. No single element can then change to its
     true name, as all its neighbours have the other one: the best assignment of names to names is found at once.
     """
-    found = [state.labels[0]]
-    for layer, cols in zip(layers, state.labels[1:], strict=True):
-        learned = layer.learned()
-        evidence = layer.spread(learned - layer.count @ learned / layer.count.sum())
-        joint = one_hot(found[-1], state.blocks).T @ (evidence @ one_hot(cols, state.blocks))
+    found = list(state.labels)
+    pending, done = list(layers), {0}
+    while pending:
+        near = [layer for layer in pending if done.intersection(layer.ends)]
+        if not near:
+            done.add(pending[0].ends[0])
+            continue
+        axis = next((a for layer in near for a in layer.ends if a not in done), None)
+        if axis is None:
+            pending = [layer for layer in pending if layer not in near]
+            continue
+        joint = np.zeros((state.blocks, state.blocks))
+        for layer in near:
+            if axis in layer.ends and not done.isdisjoint(layer.ends):
+                rows, cols = layer.sides(found)
+                learned = layer.learned()
+                evidence = layer.spread(learned - layer.count @ learned / layer.count.sum())
+                table = one_hot(rows, state.blocks).T @ (evidence @ one_hot(cols, state.blocks))
+                joint += table if layer.ends[1] == axis else table.T
         names = np.full(state.blocks + 1, DROPPED, np.int32)  # the last one: DROPPED indexes it as -1
         here, there = linear_sum_assignment(joint, maximize=True)
         names[there] = here
-        found.append(names[cols])
+        found[axis] = names[found[axis]]
+        done.add(axis)
     return tuple(found)
 
 
@@ -346,7 +433,7 @@ def anneal(
     Given the neighbouring axes, the elements of an axis are independent: all of them move at once.
     """
     current = list(labels)
-    axes = (*range(0, len(current), 2), *range(1, len(current), 2))
+    axes = np.argsort(sides_of(layers), kind="stable").tolist()
     for temperature in (*np.geomspace(schedule.hottest, schedule.coldest, schedule.temperatures), 0.0, 0.0):
         scores = [
             layer.spread(table) for layer, table in zip(layers, ratios(layers, current, G), strict=True)
@@ -354,7 +441,7 @@ def anneal(
         for _ in range(schedule.sweeps if temperature else 10):
             before = list(current)
             for axis in axes:
-                total = block_scores(scores, current, axis, G)
+                total = block_scores(layers, scores, current, axis, G)
                 if temperature:
                     total += _heat(total, float(temperature), rng)
                 current[axis] = total.argmax(1).astype(np.int32)
@@ -375,7 +462,8 @@ def consolidate(layers: Sequence[Layer], state: State, rng: np.random.Generator)
     while state.blocks > 2:
         joint = np.zeros((state.blocks, state.blocks))
         tables = ratios(layers, state.labels, state.blocks)
-        for layer, table, (rows, cols) in zip(layers, tables, pairwise(state.labels), strict=True):
+        for layer, table in zip(layers, tables, strict=True):
+            rows, cols = layer.sides(state.labels)
             joint += one_hot(rows, state.blocks).T @ (layer.spread(table) @ one_hot(cols, state.blocks))
         joint += joint.T
         np.fill_diagonal(joint, -np.inf)

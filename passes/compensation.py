@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
+from onnx_decomp.axes import Region
 from onnx_decomp.calibration import Data, Part
+from onnx_decomp.passes.folding import copies_of, partition
 from onnx_decomp.probe import Probe
-from onnx_decomp.program import DROPPED, Labels
+from onnx_decomp.program import DROPPED, Labels, Segment
 from onnx_decomp.sites import Affine, Site
 
 Array = NDArray[np.float64]
@@ -216,29 +218,119 @@ class Refitted:
     """A region's compensated affine maps, with each site's relative error on what was fitted and on the select part."""
 
     affine: tuple[Affine, ...]
+    placed: tuple[Affine, ...]
+    """The same as the original graph is fed with them."""
     fitted_errors: tuple[float, ...]
     errors: tuple[float, ...]
 
 
 def refit_run(
     calibrator: Calibrator,
-    sites: Sequence[Site],
+    region: Region,
+    segments: Sequence[Segment],
     old: Sequence[Affine],
-    partition: Sequence[tuple[Labels, Labels]],
     upstream: Mapping[int, Affine],
 ) -> Refitted:
-    """Compensate a run of sites one after another, each on what the rewritten sites before it really feed it.
+    """Compensate the sites of a region one after another, each on what the rewritten sites before it really feed it.
 
-    partition: row and column labels of each site. upstream: affine maps already rewritten elsewhere in the model.
+    old: the original affine maps. upstream: affine maps already rewritten elsewhere in the model. Uses of one stored
+    weight are refitted together, on the data of all of them, when the first one's turn comes.
     """
     placed = dict(upstream)
-    fitted: list[Affine] = []
-    errors: list[tuple[float, float]] = []
-    for site, affine, (rows, columns) in zip(sites, old, partition, strict=True):
-        fit = calibrator.moments("fit", site, placed)
-        select = calibrator.moments("select", site, placed)
-        best = best_refit(fit, select, affine, rows, columns)
-        placed[site.index] = best
-        fitted.append(best)
-        errors.append((relative_error(fit, best, rows, columns), relative_error(select, best, rows, columns)))
-    return Refitted(tuple(fitted), *zip(*errors, strict=True))
+    labels = partition(region, segments)
+    fitted: dict[int, Affine] = {}
+    errors: dict[int, tuple[float, float]] = {}
+    for position, site in enumerate(region.sites):
+        if position in fitted:
+            continue
+        uses = [at for at, other in enumerate(region.sites) if other.weight == site.weight]
+        rows, columns = labels[position]
+        view = View.of(region, segments, position)
+        parts: list[list[Moments]] = [
+            [view.moments(calibrator.moments(part, region.sites[at], placed)) for at in uses]
+            for part in ("fit", "select")
+        ]
+        fit, select = (pooled(moments) for moments in parts)
+        best = best_refit(fit, select, view.affine(old[position]), rows, columns)
+        error = (relative_error(fit, best, rows, columns), relative_error(select, best, rows, columns))
+        for at, own in zip(uses, parts[0], strict=True):
+            fitted[at] = best if len(uses) == 1 else _with_own_bias(best, own, columns)
+            placed[region.sites[at].index] = view.fed(fitted[at])
+            errors[at] = error
+    order = range(len(region.sites))
+    return Refitted(
+        tuple(fitted[at] for at in order),
+        tuple(placed[site.index] for site in region.sites),
+        *zip(*(errors[at] for at in order), strict=True),
+    )
+
+
+@dataclass(frozen=True)
+class View:
+    """One site in the elements that its groups were dealt out to, beside its own rows and columns.
+
+    rows, columns: the original row, or column, of each element; None where nothing was dealt out.
+    outside: the rows come from outside of the region, so x still has the original ones.
+    """
+
+    shape: tuple[int, int]
+    rows: Indices | None
+    columns: Indices | None
+    outside: bool
+
+    @classmethod
+    def of(cls, region: Region, segments: Sequence[Segment], position: int) -> View:
+        copies, (before, after) = copies_of(segments), region.ends[position]
+        return cls(
+            region.sites[position].shape,
+            copies.get(before),
+            copies.get(after),
+            before not in region.elastic,
+        )
+
+    def affine(self, old: Affine) -> Affine:
+        """W and b of all elements."""
+        weight, bias = old.weight, old.bias
+        if self.rows is not None:
+            weight = weight[self.rows]
+        if self.columns is not None:
+            weight, bias = weight[:, self.columns], None if bias is None else bias[self.columns]
+        return Affine(weight, bias)
+
+    def moments(self, found: Moments) -> Moments:
+        """Moments of all elements. Inside the region x is made of elements already."""
+        rows = np.arange(len(found.mean_x)) if self.rows is None or not self.outside else self.rows
+        columns = np.arange(len(found.mean_y)) if self.columns is None else self.columns
+        return found if self.rows is None and self.columns is None else found.of(rows, columns)
+
+    def fed(self, affine: Affine) -> Affine:
+        """The map as the graph is fed with it: an input that several blocks read is one row again."""
+        if self.rows is None or not self.outside:
+            return affine
+        weight = np.zeros((self.shape[0], affine.weight.shape[1]), np.float32)
+        np.add.at(weight, self.rows, affine.weight)
+        return Affine(weight, affine.bias)
+
+
+def pooled(parts: Sequence[Moments]) -> Moments:
+    """Moments around each part's own means, averaged over rows: those of one weight that is used several times."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = sum(part.rows for part in parts)
+
+    def mean(values: Iterable[Array]) -> Array:
+        return sum((part.rows / rows) * value for part, value in zip(parts, values, strict=True))  # type: ignore[return-value]
+
+    return Moments(
+        rows,
+        mean(part.mean_x for part in parts),
+        mean(part.mean_y for part in parts),
+        mean(part.xx for part in parts),
+        mean(part.xy for part in parts),
+        mean(part.yy for part in parts),
+    )
+
+
+def _with_own_bias(affine: Affine, own: Moments, columns: Labels) -> Affine:
+    bias = own.mean_y - own.mean_x @ affine.weight.astype(np.float64)
+    return Affine(affine.weight, np.where(columns != DROPPED, bias, 0.0).astype(np.float32))

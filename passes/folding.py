@@ -1,39 +1,29 @@
 """Fold the permutations that make blocks contiguous into the weights on either side, where they cost nothing.
 
-A hidden axis may take any order: the columns of the site before it and the rows of the site after it are stored in
-that order. An axis at the border of a region is pinned. There the blocks are used as they lie when each is one
+A free group may take any order: every weight, bias, scale, embedding and head that carries it is stored in that order.
+A pinned group keeps its own. Where a tensor enters blocks, or leaves them, they are used as they lie when each is one
 contiguous run; otherwise one Gather brings them together, of whole runs of columns where the blocks consist of such.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_decomp.program import DROPPED, Form, Labels, Segment, Structure
+from onnx_decomp.axes import Region
+from onnx_decomp.program import DROPPED, Copies, Form, Labels, Rewrite, Segment, Structure
 
 Indices = NDArray[np.intp]
+Keep = Mapping[int, NDArray[np.bool_]]
+"""By elastic group: the elements that stay."""
+Orders = Mapping[int, Indices]
+"""By group: its elements in the order in which a joined tensor stores them."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How one axis is stored: `order` lists the kept elements, the blocks one after another.
-
-    gather: the axis is pinned and its own order is another one, so it must be rearranged at run time.
-    run: elements that stay side by side when it is (1: single columns).
-    """
-
-    order: Indices
-    size: int
-    gather: bool
-    run: int = 1
-
-    @property
-    def identity(self) -> bool:
-        return not self.gather and len(self.order) == self.size
+# --- labels of axes -----------------------------------------------------------------------------------------------
 
 
 def blocks_in_order(labels: Labels) -> list[int]:
@@ -44,7 +34,7 @@ def blocks_in_order(labels: Labels) -> list[int]:
 
 
 def adopt_dropped(labels: Labels) -> Labels:
-    """Give each dropped element of a pinned axis to the block before it (the first ones to the block after).
+    """Give each dropped element of a joined axis to the block before it (the first ones to the block after).
 
     Reading an input that nothing learned from costs a few multiplications in its block; leaving it out would break a
     contiguous run and cost a Gather.
@@ -68,19 +58,201 @@ def settle_border(labels: Labels) -> Labels:
     return adopted if is_contiguous(adopted) or not (labels == DROPPED).any() else labels
 
 
-def pinned_layout(labels: Labels, blocks: Sequence[int]) -> Layout:
-    """An axis whose own order is part of the interface. `blocks`: their order, where they have to be gathered."""
-    if is_contiguous(labels):
-        return Layout(np.arange(len(labels)), len(labels), gather=False)
-    order = np.concatenate([np.flatnonzero(labels == block) for block in blocks])
-    return Layout(order, len(labels), gather=True, run=_run_length(order, len(labels)))
+# --- segments -----------------------------------------------------------------------------------------------------
 
 
-def free_layout(before: Labels, after: Labels) -> Layout:
-    """A hidden axis: by the blocks that write it, then by those that read it."""
-    kept = np.flatnonzero((before != DROPPED) & (after != DROPPED))
-    order = kept[np.lexsort((after[kept], before[kept]))]
-    return Layout(order, len(before), gather=False)
+def compose(
+    region: Region, structures: Sequence[Structure] = (), keep: Keep | None = None
+) -> tuple[Segment, ...]:
+    """Segments that cover a region: its structures, and one dense segment of the other sites, reduced to `keep`.
+
+    A unit dropped by one segment is dropped by all that share its axis; only elastic groups can lose any.
+    """
+    segments = [Segment(s.sites, s.labels, s.blocks, copies=s.copies) for s in structures]
+    covered = {site for segment in segments for site in segment.sites}
+    rest = tuple(site for site in range(len(region.sites)) if site not in covered)
+    if rest:
+        groups = dict.fromkeys(group for site in rest for group in region.ends[site])
+        plain = {group: np.zeros(region.groups[group].size, np.int32) for group in groups}
+        segments.append(Segment(rest, plain, 1))
+    segments.sort(key=lambda segment: segment.sites[0])
+    gone = _dropped(region, segments, keep or {})
+    return tuple(_settled(region, segment, gone) for segment in segments)
+
+
+def _dropped(region: Region, segments: Sequence[Segment], keep: Keep) -> dict[int, NDArray[np.bool_]]:
+    gone: dict[int, NDArray[np.bool_]] = {}
+    for group in region.elastic:
+        for segment in segments:
+            if group in segment.labels:
+                lost = segment.labels[group] == DROPPED
+                gone[group] = gone[group] | lost if group in gone else lost
+        if group in keep:
+            gone[group] = gone[group] | ~keep[group]
+    return gone
+
+
+def _settled(region: Region, segment: Segment, gone: Mapping[int, NDArray[np.bool_]]) -> Segment:
+    labels: dict[int, Labels] = {}
+    written = {region.ends[site][1] for site in segment.sites}
+    for group, found in segment.labels.items():
+        if group in gone:
+            labels[group] = np.where(gone[group], np.int32(DROPPED), found)
+        elif group in segment.copies:
+            labels[group] = found
+        elif group in written or region.groups[group].pinned is None:
+            labels[group] = adopt_dropped(found)  # an output has to come from somewhere
+        else:
+            labels[group] = settle_border(found)
+    return replace(segment, labels=labels)
+
+
+def partition(region: Region, segments: Sequence[Segment]) -> list[tuple[Labels, Labels]]:
+    """Row and column labels of each site of a region."""
+    found: dict[int, tuple[Labels, Labels]] = {}
+    for segment in segments:
+        for site in segment.sites:
+            found[site] = site_labels(region, segment, site)
+    return [found[site] for site in range(len(region.sites))]
+
+
+def site_labels(region: Region, segment: Segment, site: int) -> tuple[Labels, Labels]:
+    """Block of each row and of each column of one site; of each copy where the group was dealt out anew."""
+    rows, columns = (
+        segment.labels[group] if group in segment.copies else segment.labels[group][units]
+        for group, units in zip(region.ends[site], region.units[site], strict=True)
+    )
+    return rows, columns
+
+
+def copies_of(segments: Sequence[Segment]) -> Copies:
+    """All groups that were dealt out anew."""
+    return {group: units for segment in segments for group, units in segment.copies.items()}
+
+
+def block_sizes(region: Region, segment: Segment, site: int) -> list[tuple[int, int]]:
+    """Kept rows and columns of each block at one site, by block id."""
+    rows, columns = (
+        np.bincount(labels[labels != DROPPED], minlength=segment.blocks)
+        for labels in site_labels(region, segment, site)
+    )
+    return [(int(k), int(n)) for k, n in zip(rows, columns, strict=True)]
+
+
+def kept_flops(region: Region, segment: Segment) -> int:
+    """Multiply-adds times two for one row, of all sites of the segment."""
+    return sum(2 * k * n for site in segment.sites for k, n in block_sizes(region, segment, site))
+
+
+def forms(region: Region, segment: Segment) -> Iterator[Form]:
+    """Forms in which a segment can be written at all."""
+    if segment.blocks == 1:
+        yield "dense"
+        return
+    yield "chain" if len(segment.sites) > 1 else "parallel"
+    sizes = [block_sizes(region, segment, site) for site in segment.sites]
+    if region.flat and all(len(set(site)) == 1 for site in sizes):
+        yield "batched"
+
+
+# --- orders -------------------------------------------------------------------------------------------------------
+
+
+def joined_orders(rewrites: Iterable[Rewrite]) -> dict[int, Indices]:
+    """The order that each free group takes where joined tensors carry it: by the blocks of the first that needs one."""
+    orders: dict[int, Indices] = {}
+    for rewrite in rewrites:
+        region = rewrite.region
+        for segment in rewrite.segments:
+            for group, labels in segment.labels.items():
+                free = region.groups[group].pinned is None and group not in region.elastic
+                if segment.blocks > 1 and free and group not in orders and group not in segment.copies:
+                    orders[group] = np.argsort(labels, kind="stable")
+    return orders
+
+
+def region_orders(region: Region, segments: Sequence[Segment], joined: Orders) -> dict[int, Indices]:
+    """Elements of each group of a region in the order in which its tensors hold them, dropped ones left out."""
+    orders: dict[int, Indices] = {}
+    for group, found in region.groups.items():
+        labels = [segment.labels[group] for segment in segments if group in segment.labels]
+        if group in region.elastic:
+            kept = np.flatnonzero(np.all([each != DROPPED for each in labels], axis=0))
+            orders[group] = kept[np.lexsort([each[kept] for each in reversed(labels)])]
+        else:
+            orders[group] = joined.get(group, np.arange(found.size))
+    return orders
+
+
+def along(units: Indices, order: Indices) -> Indices:
+    """Positions of an axis as stored once its group is in `order`; units: the unit of each position, -1 for another's.
+
+    Positions of one unit keep their places relative to those of the others: of a packed axis of queries, keys and
+    values each part is reordered by itself.
+    """
+    held = units >= 0
+    if held.all() and np.array_equal(units, np.arange(len(units))):
+        return order  # one position for each unit: some may be left out
+    at = np.flatnonzero(held)
+    size = int(units.max()) + 1
+    places = at[np.argsort(units[at], kind="stable")].reshape(size, -1)
+    stored = np.arange(len(units))
+    stored[places] = places[order]
+    return stored
+
+
+def members(units: Indices, order: Indices, labels: Labels, block: int) -> Indices:
+    """Positions of one block on an axis, in the order in which the axis stores them."""
+    stored = along(units, order)
+    found: Indices = stored[labels[units[stored]] == block]
+    return found
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """How a joined axis and its blocks turn into one another: blocks in `sequence` hold `sizes` positions each.
+
+    index: what to Gather, or None where the blocks lie side by side. run: positions that stay together when gathered.
+    """
+
+    sequence: tuple[int, ...]
+    sizes: tuple[int, ...]
+    index: Indices | None
+    run: int = 1
+
+
+def entering(joined: Indices, blocks: Sequence[Indices]) -> Crossing:
+    """From a joined axis, which stores the original positions `joined`, to blocks of such positions."""
+    place = np.zeros(int(max(joined.max(), *(int(b.max(initial=0)) for b in blocks))) + 1, np.intp)
+    place[joined] = np.arange(len(joined))
+    wanted = {order: place[np.concatenate([blocks[b] for b in order])] for order in _sequences(place, blocks)}
+    return _crossing(blocks, wanted, len(joined))
+
+
+def leaving(joined: Indices, blocks: Sequence[Indices]) -> Crossing:
+    """From blocks to a joined axis that stores the original positions `joined`."""
+    place = np.zeros(int(joined.max()) + 1, np.intp)
+    place[joined] = np.arange(len(joined))
+    held = {
+        order: np.argsort(place[np.concatenate([blocks[b] for b in order])])
+        for order in _sequences(place, blocks)
+    }
+    return _crossing(blocks, held, len(joined))
+
+
+def _sequences(place: Indices, blocks: Sequence[Indices]) -> Iterator[tuple[int, ...]]:
+    """Orders of blocks: as they lie, if they lie side by side; by number, so that what is gathered agrees."""
+    yield tuple(sorted(range(len(blocks)), key=lambda block: place[blocks[block]].min(initial=len(place))))
+    yield tuple(range(len(blocks)))
+
+
+def _crossing(blocks: Sequence[Indices], indices: Mapping[tuple[int, ...], Indices], width: int) -> Crossing:
+    """The first order in which nothing has to be gathered, else the last."""
+    for sequence, index in indices.items():
+        sizes = tuple(len(blocks[block]) for block in sequence)
+        if np.array_equal(index, np.arange(width)):
+            return Crossing(sequence, sizes, None)
+    return Crossing(sequence, sizes, index, _run_length(index, width))
 
 
 def _run_length(order: Indices, size: int) -> int:
@@ -90,102 +262,43 @@ def _run_length(order: Indices, size: int) -> int:
     return int(np.gcd.reduce(bounds))
 
 
-def layouts(segments: Sequence[Segment]) -> list[Layout]:
-    """One layout for each axis of a region, first to last; the first and the last axis are pinned."""
-    first, last = segments[0].labels[0], segments[-1].labels[-1]
-    found = [pinned_layout(first, blocks_in_order(first))]
-    for segment, follower in zip(segments, [*segments[1:], None], strict=True):
-        found += [free_layout(labels, labels) for labels in segment.labels[1:-1]]
-        if follower is not None:
-            found.append(free_layout(segment.labels[-1], follower.labels[0]))
-    # Written in the order in which the last segment takes its blocks in, so that one Gather does for both.
-    entering = segments[-1].labels[0][found[segments[-1].start].order]
-    found.append(pinned_layout(last, blocks_in_order(entering)))
-    return found
+@dataclass(frozen=True)
+class Layout:
+    """Where the elements of a region's groups lie: what emission writes, and what the plan prices."""
 
+    region: Region
+    segments: tuple[Segment, ...]
+    orders: Orders
 
-def compose(
-    widths: Sequence[int], structures: Sequence[Structure], keep: Sequence[NDArray[np.bool_] | None]
-) -> tuple[Segment, ...]:
-    """Segments that cover a region: its structures in their places, dense layers between them, reduced to `keep`.
+    @classmethod
+    def of(cls, region: Region, segments: Sequence[Segment], joined: Orders | None = None) -> Layout:
+        return cls(region, tuple(segments), region_orders(region, segments, joined or {}))
 
-    widths: length of each axis. keep: for each axis the units that stay, or None for all of them; the first and the
-    last axis always stay whole. A unit dropped on one side of an axis is dropped on both.
-    """
-    segments: list[Segment] = []
-    at = 0
-    for structure in structures:
-        segments += _dense(widths, at, structure.start)
-        segments.append(Segment(structure.start, structure.stop, structure.labels, structure.blocks))
-        at = structure.stop
-    segments += _dense(widths, at, len(widths) - 1)
-    gone = _dropped(widths, segments, keep)
-    return tuple(_apply(segment, gone, len(widths) - 1) for segment in segments)
+    def stored(self, tensor: str) -> Indices:
+        """Original positions of a joined tensor's grouped axis, in the order in which it holds them."""
+        group = self.region.group_of[tensor]
+        return along(self._units(tensor, group), self.orders[group])
 
+    def blocks(self, tensor: str, segment: Segment) -> list[Indices]:
+        """Original positions of a tensor's grouped axis in each block of a segment."""
+        group = self.region.group_of[tensor]
+        if group in segment.copies and group not in self.region.elastic:  # inputs that several blocks read
+            return [segment.copies[group][segment.labels[group] == b] for b in range(segment.blocks)]
+        units = self._units(tensor, group)
+        return [members(units, self.orders[group], segment.labels[group], b) for b in range(segment.blocks)]
 
-def _dense(widths: Sequence[int], start: int, stop: int) -> list[Segment]:
-    if start == stop:
-        return []
-    labels = tuple(np.zeros(width, np.int32) for width in widths[start : stop + 1])
-    return [Segment(start, stop, labels, 1)]
+    def _units(self, tensor: str, group: int) -> Indices:
+        """Unit at each position; elements of a group that was dealt out anew count as units of their own."""
+        for segment in self.segments:
+            if group in segment.copies and group in self.region.elastic:
+                return np.arange(len(segment.copies[group]))
+        return self.region.carriers[tensor].units
 
-
-def _dropped(
-    widths: Sequence[int], segments: Sequence[Segment], keep: Sequence[NDArray[np.bool_] | None]
-) -> list[NDArray[np.bool_]]:
-    gone = [np.zeros(width, bool) for width in widths]
-    for axis in range(1, len(widths) - 1):
-        stays = keep[axis]
-        if stays is not None:
-            gone[axis] |= ~stays
-        for segment in segments:
-            if segment.start <= axis <= segment.stop:
-                gone[axis] |= segment.labels[axis - segment.start] == DROPPED
-    return gone
-
-
-def _apply(segment: Segment, gone: Sequence[NDArray[np.bool_]], last: int) -> Segment:
-    labels = []
-    for axis, axis_labels in enumerate(segment.labels, start=segment.start):
-        if axis == last:
-            labels.append(adopt_dropped(axis_labels))  # an output has to come from somewhere
-        elif axis == 0:
-            labels.append(settle_border(axis_labels))
-        else:
-            labels.append(np.where(gone[axis], np.int32(DROPPED), axis_labels))
-    return replace(segment, labels=tuple(labels))
-
-
-def block_sizes(segment: Segment, axis: int) -> list[int]:
-    """Number of kept elements of each block on one axis of a segment, by block id."""
-    labels = segment.labels[axis - segment.start]
-    return [int(size) for size in np.bincount(labels[labels != DROPPED], minlength=segment.blocks)]
-
-
-def kept_flops(segment: Segment) -> list[int]:
-    """Multiply-adds times two for one row, of each site of the segment."""
-    return [
-        2
-        * sum(k * n for k, n in zip(block_sizes(segment, axis), block_sizes(segment, axis + 1), strict=True))
-        for axis in range(segment.start, segment.stop)
-    ]
-
-
-def partition(segments: Sequence[Segment]) -> list[tuple[Labels, Labels]]:
-    """Row and column labels of each site of a region."""
-    return [
-        (segment.labels[at], segment.labels[at + 1])
-        for segment in segments
-        for at in range(segment.stop - segment.start)
-    ]
-
-
-def forms(segment: Segment) -> Iterator[Form]:
-    """Forms in which a segment can be written at all."""
-    if segment.blocks == 1:
-        yield "dense"
-        return
-    yield "chain" if segment.stop - segment.start > 1 else "parallel"
-    sizes = [block_sizes(segment, axis) for axis in range(segment.start, segment.stop + 1)]
-    if all(len(set(axis)) == 1 for axis in sizes):
-        yield "batched"
+    def crossings(self) -> Iterator[tuple[str, Crossing]]:
+        """How the region's border tensors get into blocks and out of them."""
+        for tensors, cross, side in ((self.region.entries, entering, 0), (self.region.exits, leaving, 1)):
+            for tensor in tensors:
+                for segment in self.segments:
+                    touched = {self.region.ends[site][side] for site in segment.sites}
+                    if segment.blocks > 1 and self.region.group_of[tensor] in touched:
+                        yield tensor, cross(self.stored(tensor), self.blocks(tensor, segment))

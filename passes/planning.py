@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -21,7 +20,17 @@ from onnx_decomp.calibration import Part
 from onnx_decomp.cost import CostModel, cpu, cuda
 from onnx_decomp.metrics import compare_outputs
 from onnx_decomp.passes.compensation import BATCH, Calibrator, Moments, Refitted, masked, refit_run
-from onnx_decomp.passes.folding import Layout, block_sizes, compose, forms, kept_flops, layouts, partition
+from onnx_decomp.passes.folding import (
+    Indices,
+    Keep,
+    Layout,
+    block_sizes,
+    compose,
+    forms,
+    joined_orders,
+    kept_flops,
+    partition,
+)
 from onnx_decomp.passes.reduction import UnitPath, round_up, unit_path
 from onnx_decomp.program import DROPPED, Form, Labels, Program, Rewrite, Segment, Structure
 from onnx_decomp.sites import Affine
@@ -57,48 +66,47 @@ class Judged:
     change: float
 
 
-def segment_time(cost: CostModel, rows: int, segment: Segment, form: Form) -> float:
+def segment_time(cost: CostModel, rows: int, region: Region, segment: Segment, form: Form) -> float:
     """Predicted microseconds of one segment in the given form."""
-    axes = range(segment.start, segment.stop + 1)
-    sizes = [block_sizes(segment, axis) for axis in axes]
+    layers = [block_sizes(region, segment, site) for site in segment.sites]
     if form == "dense":
-        return sum(cost.dense(rows, sum(k), sum(n)) for k, n in pairwise(sizes))
+        return sum(cost.dense(rows, k, n) for ((k, n),) in layers)
     if form == "batched":
-        return sum(cost.batched(rows, segment.blocks, k[0], n[0]) for k, n in pairwise(sizes))
+        return sum(cost.batched(rows, segment.blocks, *layer[0]) for layer in layers)
     if form == "parallel":
-        return cost.parallel(rows, sizes[0], sizes[1])
-    layers = [list(zip(k, n, strict=True)) for k, n in pairwise(sizes)]
+        (layer,) = layers
+        return cost.parallel(rows, [k for k, _ in layer], [n for _, n in layer])
     return cost.chain(rows, layers)
 
 
-def with_best_forms(cost: CostModel, rows: int, segments: Sequence[Segment]) -> tuple[Segment, ...]:
+def with_best_forms(
+    cost: CostModel, rows: int, region: Region, segments: Sequence[Segment]
+) -> tuple[Segment, ...]:
     """The same segments, each in the form with the lowest predicted time."""
-    return tuple(
-        replace(segment, form=min(forms(segment), key=lambda form: segment_time(cost, rows, segment, form)))
-        for segment in segments
-    )
+
+    def best(segment: Segment) -> Form:
+        return min(forms(region, segment), key=lambda form: segment_time(cost, rows, region, segment, form))
+
+    return tuple(replace(segment, form=best(segment)) for segment in segments)
 
 
-def region_time(cost: CostModel, rows: int, segments: Sequence[Segment], orders: Sequence[Layout]) -> float:
+def region_time(cost: CostModel, rows: int, layout: Layout) -> float:
     """Predicted microseconds of a region's MatMuls and of the rearrangements at its borders."""
-    time = sum(segment_time(cost, rows, segment, segment.form) for segment in segments)
-    for layout in (orders[0], orders[-1]):
-        if layout.gather:
-            time += cost.gather(rows, len(layout.order), layout.run)
+    time = sum(segment_time(cost, rows, layout.region, segment, segment.form) for segment in layout.segments)
+    for _, crossing in layout.crossings():
+        if crossing.index is not None:
+            time += cost.gather(rows, len(crossing.index), crossing.run)
     return time
 
 
 def reduce_to(
-    widths: Sequence[int], structures: Sequence[Structure], paths: Sequence[UnitPath | None], threshold: float
-) -> list[NDArray[np.bool_] | None]:
-    """Units to keep on each axis at a threshold: at least one of every block, in widths that vector units like."""
-    keep: list[NDArray[np.bool_] | None] = []
-    for axis, path in enumerate(paths):
-        if path is None:
-            keep.append(None)
-            continue
-        labels = _block_labels(widths, structures, axis)
-        stays = np.zeros(widths[axis], bool)
+    region: Region, structures: Sequence[Structure], paths: Mapping[int, UnitPath], threshold: float
+) -> Keep:
+    """Units to keep at a threshold: at least one of every block, in widths that vector units like."""
+    keep: dict[int, NDArray[np.bool_]] = {}
+    for group, path in paths.items():
+        labels = group_labels(region, structures, group)
+        stays = np.zeros(len(labels), bool)
         stays[path.keep(threshold)] = True
         rank = np.empty(len(path.order), np.intp)
         rank[path.order] = np.arange(len(path.order))
@@ -108,16 +116,16 @@ def reduce_to(
             stays[members] = False
             stays[members[np.argsort(-rank[members])[:count]]] = True
         stays[labels == DROPPED] = False
-        keep.append(stays)
+        keep[group] = stays
     return keep
 
 
-def _block_labels(widths: Sequence[int], structures: Sequence[Structure], axis: int) -> Labels:
-    """Blocks on one axis: those of the structure that covers it, else one."""
+def group_labels(region: Region, structures: Sequence[Structure], group: int) -> Labels:
+    """Blocks of one group: those of the structure that covers it, else one."""
     for structure in structures:
-        if structure.start <= axis <= structure.stop:
-            return structure.labels[axis - structure.start]
-    return np.zeros(widths[axis], np.int32)
+        if group in structure.labels:
+            return structure.labels[group]
+    return np.zeros(region.groups[group].size, np.int32)
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,8 @@ class Planner:
     reduce: bool
     upstream: dict[int, Affine] = field(default_factory=dict)
     change: float = 0.0
+    orders: dict[int, Indices] = field(default_factory=dict)
+    """Of free groups, as accepted rewrites need them."""
     unchanged: dict[tuple[Part, int], Moments] = field(default_factory=dict)
     """Moments of the original at the region under work; see `Calibrator`."""
 
@@ -188,11 +198,9 @@ class Planner:
     def accept(self, region: Region, judged: Judged) -> Rewrite:
         """Take a candidate for good: what follows is fitted on what it makes."""
         refitted, segments = judged.refitted, judged.candidate.segments
-        self.upstream |= {
-            site.index: affine for site, affine in zip(region.sites, refitted.affine, strict=True)
-        }
+        self.upstream |= _placed(region, refitted)
         added, self.change = max(judged.change - self.change, 0.0), max(judged.change, self.change)
-        return Rewrite(
+        rewrite = Rewrite(
             region,
             segments,
             refitted.affine,
@@ -201,7 +209,10 @@ class Planner:
             added,
             judged.candidate.gain,
             tuple(zip(refitted.fitted_errors, refitted.errors, strict=True)),
+            refitted.placed,
         )
+        self.orders = joined_orders([*self.program.rewrites, rewrite])
+        return rewrite
 
     def _refusal(self, region: Region) -> str | None:
         options, names = self.program.options, [n for s in region.sites for n in (s.node, s.weight)]
@@ -215,11 +226,14 @@ class Planner:
 
     def _may_act_on(self, region: Region, structure: Structure) -> bool:
         """An estimated null alone never removes anything, unless what would go is next to nothing by norm."""
-        sites = region.sites[structure.start : structure.stop]
+        sites = [region.sites[at] for at in structure.sites]
         if all(self.program.evidence[site.index].kind != "estimated" for site in sites):
             return True
-        spans = zip(sites, structure.labels, structure.labels[1:], strict=False)
-        return all(removed_norm(self.program.affine(s), rows, cols) <= VANISHED for s, rows, cols in spans)
+        spans = partition(region, compose(region, [structure]))
+        return all(
+            removed_norm(self.program.affine(region.sites[at]), *spans[at]) <= VANISHED
+            for at in structure.sites
+        )
 
     # Without data
 
@@ -227,9 +241,9 @@ class Planner:
         """Plain removal of what has vanished; its share of the norm stands in for the change of the outputs."""
         if not structures:
             return Verdict(None, "no-calibration")
-        candidate = self._candidate(region, structures, [None] * len(region.widths))
+        candidate = self._candidate(region, structures)
         affine, removed = [], []
-        for site, (rows, columns) in zip(region.sites, partition(candidate.segments), strict=True):
+        for site, (rows, columns) in zip(region.sites, partition(region, candidate.segments), strict=True):
             old = self.program.affine(site)
             removed.append(removed_norm(old, rows, columns))
             affine.append(masked(old, rows, columns))
@@ -238,40 +252,54 @@ class Planner:
         if change > budget:
             return Verdict(None, "no-calibration", numbers)
         if candidate.gain < WORTHWHILE:
-            return Verdict(None, _cost_reason(candidate), numbers)
-        refitted = Refitted(tuple(affine), tuple(removed), tuple(removed))
+            return Verdict(None, self._cost_reason(region, candidate), numbers)
+        refitted = Refitted(tuple(affine), tuple(affine), tuple(removed), tuple(removed))
         return Verdict(Judged(candidate, refitted, change), numbers=numbers)
 
     # With data
 
     def _search(self, region: Region, structures: Sequence[Structure], budget: float) -> Verdict:
-        """The best of: structure, structure with fewer units, fewer units alone."""
+        """The best of: structure, structure with fewer units, fewer units alone, independent slices."""
         tried: list[Verdict] = []
         if structures:
             tried.append(self._as_found(region, structures, budget))
-        if self.reduce and len(region.widths) > 2:
+        if self.reduce and region.elastic:
             # Where the structure alone changes too much, dropping units on top only adds to that.
             start = structures if structures and tried[0].reason != "tolerance" else ()
-            moments = [self._calibrator.moments("fit", site, {}) for site in region.sites[1:]]
-            paths = self._unit_paths(region, start, [moment.xx for moment in moments])
-            tried.append(self._fewest_units(region, start, paths, budget))
+            tried.append(self._fewest_units(region, start, self._unit_paths(region, start), budget))
+        sliced = self.program.slices.get(region.name)
+        if sliced is not None:
+            tried.append(self._sliced(region, sliced, budget))
         fitting = [verdict for verdict in tried if verdict.judged is not None]
         if not fitting:
-            return tried[0] if structures else Verdict(None, "no-structure")
+            return tried[0] if structures else tried[-1] if sliced else Verdict(None, "no-structure")
         best = max(fitting, key=lambda verdict: verdict.numbers["gain"])
-        passed_over = tuple(verdict for verdict in tried[:1] if verdict.judged is None)
-        return replace(best, numbers=tried[0].numbers | best.numbers, passed_over=passed_over)
+        passed_over = tuple(verdict for verdict in tried[:1] if structures and verdict.judged is None)
+        first = tried[0].numbers if structures else {}
+        return replace(best, numbers=first | best.numbers, passed_over=passed_over)
 
     def _as_found(self, region: Region, structures: Sequence[Structure], budget: float) -> Verdict:
-        candidate = self._candidate(region, structures, [None] * len(region.widths))
+        candidate = self._candidate(region, structures)
         judged = self._judge(region, candidate)
         numbers = {"change": judged.change, "gain": candidate.gain}
         numbers |= self._redraw(region, candidate)
         if judged.change > budget:
             return Verdict(None, "tolerance", numbers)
         if candidate.gain < WORTHWHILE:
-            return Verdict(None, _cost_reason(candidate), numbers)
+            return Verdict(None, self._cost_reason(region, candidate), numbers)
         return Verdict(judged, numbers=numbers)
+
+    def _sliced(self, region: Region, sliced: Structure, budget: float) -> Verdict:
+        """One branch for each independent part, with copies of the units that several need, then fewer units in each."""
+        whole = self._judge(region, self._candidate(region, [sliced]))
+        numbers = {"sliced": whole.change}
+        if whole.change > budget:
+            return Verdict(None, "tolerance", numbers | {"change": whole.change})
+        paths = self._unit_paths(region, [sliced], whole.refitted)
+        verdict = self._fewest_units(region, [sliced], paths, budget)
+        if verdict.judged is None and whole.candidate.gain >= WORTHWHILE:
+            verdict = Verdict(whole, numbers={"change": whole.change, "gain": whole.candidate.gain})
+        return replace(verdict, numbers=verdict.numbers | numbers)
 
     def _redraw(self, region: Region, candidate: Candidate) -> dict[str, float]:
         """Change of the outputs when what the structure leaves out is drawn anew from its null.
@@ -280,7 +308,8 @@ class Planner:
         """
         init, placed = self.program.init, dict(self.upstream)
         rng = np.random.default_rng(self.program.options.seed)
-        for site, (rows, columns) in zip(region.sites, partition(candidate.segments), strict=True):
+        spans = partition(region, candidate.segments)
+        for site, (rows, columns) in zip(region.sites, spans, strict=True):
             evidence, null = self.program.evidence.get(site.index), init and init.nulls.get(site.index)
             if evidence is None or not null or null.kind == "estimated":
                 return {}
@@ -290,28 +319,35 @@ class Planner:
         return {"redraw": self._change(placed)}
 
     def _unit_paths(
-        self, region: Region, structures: Sequence[Structure], moments: Sequence[NDArray[np.float64]]
-    ) -> list[UnitPath | None]:
-        """For each hidden axis the order in which its units can go, given what its reader still reads."""
-        paths: list[UnitPath | None] = [None]
-        for axis, (site, xx) in enumerate(zip(region.sites[1:], moments, strict=True), start=1):
-            rows = _block_labels(region.widths, structures, axis)
-            columns = _block_labels(region.widths, structures, axis + 1)
+        self, region: Region, structures: Sequence[Structure], refitted: Refitted | None = None
+    ) -> dict[int, UnitPath]:
+        """For each elastic group the order in which its units can go, given what its one reader still reads.
+
+        refitted: the slices, whose units are copies; their moments are those of the sliced network.
+        """
+        placed = {} if refitted is None else self.upstream | _placed(region, refitted)
+        spans = partition(region, compose(region, structures))
+        paths: dict[int, UnitPath] = {}
+        for at, (site, (group, _)) in enumerate(zip(region.sites, region.ends, strict=True)):
+            if group not in region.elastic or len(region.groups[group].readers) > 1:
+                continue
+            rows, columns = spans[at]
             together = (rows[:, None] == rows[None, :]) & (rows != DROPPED)[:, None]
-            weight = masked(self.program.affine(site), rows, columns).weight
-            paths.append(unit_path(xx * together, weight))
-        return [*paths, None]
+            affine = self.program.affine(site) if refitted is None else refitted.affine[at]
+            weight = masked(affine, rows, columns).weight
+            paths[group] = unit_path(self._calibrator.moments("fit", site, placed).xx * together, weight)
+        return paths
 
     def _fewest_units(
         self,
         region: Region,
         structures: Sequence[Structure],
-        paths: Sequence[UnitPath | None],
+        paths: Mapping[int, UnitPath],
         budget: float,
     ) -> Verdict:
         """Bisection over THRESHOLDS for the largest reduction whose measured change fits the budget."""
         best = Verdict(None, "no-redundancy")
-        ways = (reduce_to(region.widths, structures, paths, threshold) for threshold in THRESHOLDS)
+        ways = (reduce_to(region, structures, paths, threshold) for threshold in THRESHOLDS)
         by_gain = {found.gain: found for found in (self._candidate(region, structures, way) for way in ways)}
         candidates = [by_gain[gain] for gain in sorted(by_gain, reverse=True) if gain >= WORTHWHILE]
         low, high = 0, len(candidates) - 1
@@ -332,13 +368,8 @@ class Planner:
 
     def _judge(self, region: Region, candidate: Candidate) -> Judged:
         old = [self.program.affine(site) for site in region.sites]
-        refitted = refit_run(
-            self._calibrator, region.sites, old, partition(candidate.segments), self.upstream
-        )
-        placed = self.upstream | {
-            site.index: affine for site, affine in zip(region.sites, refitted.affine, strict=True)
-        }
-        return Judged(candidate, refitted, self._change(placed))
+        refitted = refit_run(self._calibrator, region, candidate.segments, old, self.upstream)
+        return Judged(candidate, refitted, self._change(self.upstream | _placed(region, refitted)))
 
     def _change(self, placed: Mapping[int, Affine]) -> float:
         """Change of the model's outputs on the select part, by the metric of the tolerance."""
@@ -349,26 +380,39 @@ class Planner:
         return compare_outputs(pairs, options.metric, options.tolerance).largest
 
     def _candidate(
-        self,
-        region: Region,
-        structures: Sequence[Structure],
-        keep: Sequence[NDArray[np.bool_] | None],
+        self, region: Region, structures: Sequence[Structure], keep: Keep | None = None
     ) -> Candidate:
         cost: CostModel = cuda() if self.program.target == "cuda" else cpu()
         rows = self.program.timed_samples * self.program.rows_per_sample.get(region.sites[0].index, 1)
-        segments = with_best_forms(cost, rows, compose(region.widths, structures, keep))
-        dense = compose(region.widths, (), [None] * len(region.widths))
+        segments = with_best_forms(cost, rows, region, compose(region, structures, keep))
+        dense = compose(region)
         if self.program.options.objective == "latency":
-            before, after = (region_time(cost, rows, way, layouts(way)) for way in (dense, segments))
+            before, after = (region_time(cost, rows, self._layout(region, way)) for way in (dense, segments))
         else:  # a multiply-add for each stored weight: FLOPs and bytes have the same ratio
-            before, after = (float(sum(map(sum, map(kept_flops, way)))) for way in (dense, segments))
+            before, after = (
+                float(sum(kept_flops(region, segment) for segment in way)) for way in (dense, segments)
+            )
         return Candidate(segments, before / max(after, 1e-9))
 
+    def _layout(self, region: Region, segments: Sequence[Segment]) -> Layout:
+        """Where things lie with everything that has been accepted so far in place."""
+        here = {
+            group: np.argsort(labels, kind="stable")
+            for segment in segments
+            for group, labels in segment.labels.items()
+            if segment.blocks > 1 and region.groups[group].pinned is None and group not in segment.copies
+        }
+        return Layout.of(region, segments, here | self.orders)
 
-def _cost_reason(candidate: Candidate) -> str:
-    """What stands in the way of a gain."""
-    gathers = any(layout.gather for layout in layouts(candidate.segments))
-    return "permutation-cost" if gathers else "not-faster"
+    def _cost_reason(self, region: Region, candidate: Candidate) -> str:
+        """What stands in the way of a gain."""
+        crossings = self._layout(region, candidate.segments).crossings()
+        gathers = any(crossing.index is not None for _, crossing in crossings)
+        return "permutation-cost" if gathers else "not-faster"
+
+
+def _placed(region: Region, refitted: Refitted) -> dict[int, Affine]:
+    return {site.index: affine for site, affine in zip(region.sites, refitted.placed, strict=True)}
 
 
 def in_blocks(rows: Labels, columns: Labels) -> NDArray[np.bool_]:

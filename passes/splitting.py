@@ -7,8 +7,9 @@ never sees the whole model: a round trip of that through it is not lossless.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,11 +17,20 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnx_decomp.axes import Link
-from onnx_decomp.passes.folding import Layout, blocks_in_order, layouts
-from onnx_decomp.program import DROPPED, Program, Rewrite, Segment
+from onnx_decomp.axes import Carrier
+from onnx_decomp.passes.folding import (
+    Crossing,
+    Layout,
+    Orders,
+    along,
+    entering,
+    joined_orders,
+    leaving,
+    members,
+)
+from onnx_decomp.program import Program, Rewrite, Segment
 from onnx_decomp.runtime import Device
-from onnx_decomp.sites import Affine, GraphIndex, Site, nested_graphs
+from onnx_decomp.sites import GraphIndex, Site, constant_tensor, nested_graphs
 
 Value: TypeAlias = Any
 """A graphsurgeon tensor; its own annotations are not for type checkers."""
@@ -34,8 +44,9 @@ class Fragment:
     opset: int
     dtype: np.dtype[Any]
     nodes: list[gs.Node] = field(default_factory=list)
-    scalars: dict[str, Value] = field(default_factory=dict)
-    """Scalars of the model's own that are read as they stand; graphsurgeon wants one object for each name."""
+    outer: dict[str, Value] = field(default_factory=dict)
+    """Tensors of the model's own that are read as they stand; graphsurgeon wants one object for each name."""
+    weights: dict[str, list[gs.Constant]] = field(default_factory=dict)
 
     def unique(self, name: str) -> str:
         candidate, number = name, 1
@@ -45,7 +56,16 @@ class Fragment:
         return candidate
 
     def weight(self, name: str, array: NDArray[Any]) -> gs.Constant:
-        return gs.Constant(self.unique(name), np.ascontiguousarray(array, self.dtype))
+        """A new constant; one of the same name and content is used again, so that a shared weight stays shared."""
+        stored = np.ascontiguousarray(array, self.dtype)
+        for other in self.weights.setdefault(name, []):
+            if np.array_equal(other.values, stored):
+                return other
+        self.weights[name].append(gs.Constant(self.unique(name), stored))
+        return self.weights[name][-1]
+
+    def read(self, name: str) -> Value:
+        return self.outer.setdefault(name, gs.Variable(name))
 
     def integers(self, name: str, values: Sequence[int] | NDArray[Any]) -> gs.Constant:
         return gs.Constant(self.unique(name), np.asarray(values, np.int64))
@@ -79,88 +99,313 @@ class Fragment:
         return list(exported.node), list(exported.initializer)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Writer:
-    """Writes one rewrite into a fragment."""
+    """Writes one rewrite into a fragment, node by node of its region.
+
+    A tensor is held *joined*, as the outside sees it, or in *lanes*: one piece for each block of a segment. Either is
+    made from the other when it is first asked for.
+    """
 
     index: GraphIndex
     rewrite: Rewrite
     fragment: Fragment
+    layout: Layout
     target: Device
+    joined: dict[str, Value] = field(default_factory=dict)
+    lanes: dict[tuple[int, str], Any] = field(default_factory=dict)
 
-    def write(self) -> None:
-        region = self.rewrite.region
-        segments = self.rewrite.segments
-        orders = layouts(segments)
-        prefix = f"{base_name(region.sites[0])}/decomp"
-        outer: Value = gs.Variable(region.input)
-        rank = region.sites[0].rank
-        value = outer if rank == 2 else self._flatten(outer, prefix)
-        value = self._gather_in(value, orders[0], prefix)
-        for segment in segments:
-            last = segment is segments[-1]
-            into = region.output if last and rank == 2 and not orders[-1].gather else None
-            local = orders[segment.start : segment.stop + 1]
-            if segment.form == "batched":
-                value = self._batched(value, segment, local, into)
+    @property
+    def flattened(self) -> bool:
+        """Everything is computed on matrices, and the border reshaped: every branch is then a plain Gemm."""
+        return self.rewrite.region.flat and self.rewrite.region.sites[0].rank != 2
+
+    def write(self) -> dict[int, tuple[int, int]]:
+        """For each position of the model that is replaced, which nodes of the fragment stand there."""
+        region, make = self.rewrite.region, self.fragment
+        ends = {site.nodes[-1]: at for at, site in enumerate(region.sites)}
+        segment_of = self._segments_of_links()
+        spans: dict[int, tuple[int, int]] = {}
+        for position in region.nodes:
+            first = len(make.nodes)
+            if position in ends:
+                self._site(ends[position])
+            elif position in segment_of:
+                self._link(position, segment_of[position])
+            for name in self.index.node(position).output:
+                if name in region.exits and (position in ends or position in segment_of):
+                    self._export(name)
+            spans[position] = (first, len(make.nodes))
+        return spans
+
+    def _segments_of_links(self) -> dict[int, int | None]:
+        """The segment in whose lanes each link runs; None for links between segments, which run joined.
+
+        A link runs in lanes if something behind it does, or if it joins what would else be concatenated twice.
+        """
+        region, segments = self.rewrite.region, self.rewrite.segments
+        of_site = {at: number for number, segment in enumerate(segments) for at in segment.sites}
+        behind: dict[str, set[int]] = {}
+        for at, site in enumerate(region.sites):
+            behind.setdefault(site.input, set()).add(of_site[at])
+        for position in reversed(region.links):
+            node = self.index.node(position)
+            after = set[int]().union(*(behind.get(name, set()) for name in node.output))
+            for name in node.input:
+                behind.setdefault(name, set()).update(after)
+        made_by = {site.output: of_site[at] for at, site in enumerate(region.sites)}
+        chosen: dict[int, int | None] = {}
+        for position in region.links:
+            node = self.index.node(position)
+            before = [made_by[name] for name in node.input if name in made_by]
+            after = set[int]().union(*(behind.get(name, set()) for name in node.output))
+            found = {number for number in before if number in after or before.count(number) > 1}
+            number = chosen[position] = found.pop() if len(found) == 1 else None
+            if number is not None:
+                made_by |= {name: number for name in node.output}
+        return chosen
+
+    # Sites and links
+
+    def _site(self, at: int) -> None:
+        site = self.rewrite.region.sites[at]
+        number = next(n for n, segment in enumerate(self.rewrite.segments) if at in segment.sites)
+        lane = self._lane(number)
+        into = site.output if self._lands(site.output, number) else None
+        value = lane.site(self._in_lanes(site.input, number), at, into)
+        self.lanes[number, site.output] = value
+        if into is not None:
+            self.joined[site.output] = value[0]
+
+    def _lands(self, tensor: str, number: int) -> bool:
+        """A single lane of a matrix is what the outside reads, under the name that it knows."""
+        whole = self.rewrite.segments[number].blocks == 1 and self._exported(tensor)
+        return whole and self._crossing(tensor, number, leaving).index is None
+
+    def _link(self, position: int, number: int | None) -> None:
+        node = self.index.node(position)
+        if number is not None:
+            made = self._lane(number).link(
+                node, lambda name: self._in_lanes(name, number), lambda name: self._carried(name)
+            )
+            self.lanes |= {(number, name): value for name, value in made.items()}
+            return
+        inputs = []
+        for name in node.input:
+            if self._carried(name):
+                inputs.append(self._joined(name))
             else:
-                value = self._branches(value, segment, local, into)
-            if not last:
-                value = self._link(value, region.links[segment.stop - 1], segment.stop, orders)
-        value = self._gather_out(value, orders[-1], prefix, region.output if rank == 2 else None)
-        if rank != 2:
-            self._unflatten(value, outer, prefix)
+                inputs.append(self._operand(name, None, partial(self.layout.stored, name), (-1,)))
+        tag = "joined" if len(node.output) > 1 else f"axis_{self._axis(node.output[0])}"
+        into = node.output[0] if self._exported(node.output[0]) else None
+        self.joined |= self._copy(node, inputs, tag, self.layout.stored, into)
 
-    # Borders of the region
+    def _exported(self, tensor: str) -> bool:
+        """The outside reads this tensor as it is computed here."""
+        return tensor in self.rewrite.region.exits and not self.flattened
 
-    def _flatten(self, value: Value, prefix: str) -> Value:
+    def _axis(self, tensor: str) -> int:
+        return self.rewrite.region.order.index(self.rewrite.region.group_of[tensor])
+
+    def _carried(self, name: str) -> bool:
+        """A tensor that is computed at run time and carries units."""
+        region = self.rewrite.region
+        return name in region.group_of and name not in region.constants
+
+    def _copy(
+        self,
+        node: onnx.NodeProto,
+        inputs: Sequence[Value],
+        tag: str,
+        positions: Callable[[str], NDArray[Any]],
+        into: str | None = None,
+    ) -> dict[str, Value]:
+        """An operator once more, over fewer units: shapes and sizes that it is told change with them."""
+        stem = f"{node.name or node.op_type}/decomp/{tag}"
+        attributes = {item.name: _attribute(item) for item in node.attribute}
+        outputs = [name for name in node.output if name]
+        if node.op_type == "Reshape":
+            inputs = [inputs[0], self._new_shape(node, stem, positions)]
+        if node.op_type == "Split":
+            inputs, attributes = self._new_sizes(node, stem, positions, inputs, attributes)
+        made = self.fragment.apply(
+            node.op_type,
+            stem,
+            inputs,
+            outputs=len(outputs),
+            into=into if len(outputs) == 1 else None,
+            domain=node.domain or None,
+            **attributes,
+        )
+        return dict(zip(outputs, made, strict=True))
+
+    def _new_shape(self, node: onnx.NodeProto, stem: str, positions: Callable[[str], NDArray[Any]]) -> Value:
+        found = self.index.constant(node.input[1])
+        assert found is not None
+        shape = found.copy()
+        axis = self.rewrite.region.carriers[node.output[0]].axis
+        if shape[axis] > 0:
+            shape[axis] = len(positions(node.output[0]))
+        return self.fragment.integers(f"{stem}/shape", shape)
+
+    def _new_sizes(
+        self,
+        node: onnx.NodeProto,
+        stem: str,
+        positions: Callable[[str], NDArray[Any]],
+        inputs: Sequence[Value],
+        attributes: dict[str, Any],
+    ) -> tuple[list[Value], dict[str, Any]]:
+        rank = self.index.rank(node.input[0]) or 0
+        carrier = self.rewrite.region.carriers[node.input[0]].axis
+        if (attributes.get("axis", 0) - rank) % max(rank, 1) != carrier % max(rank, 1):
+            return list(inputs), attributes
+        sizes = [len(positions(name)) for name in node.output]
+        if self.fragment.opset < 13:
+            return [inputs[0]], attributes | {"split": sizes}
+        attributes.pop("num_outputs", None)
+        return [inputs[0], self.fragment.integers(f"{stem}/sizes", sizes)], attributes
+
+    def _operand(
+        self, name: str, tag: str | None, positions: Callable[[], NDArray[Any]], shape: tuple[int, ...]
+    ) -> Value:
+        """A constant with one value for each unit, sliced; anything else as it stands."""
+        if not name:
+            return gs.Variable.empty()
+        region = self.rewrite.region
+        if name not in region.constants:
+            return self.fragment.read(name)
+        constant = self.index.constant(name)
+        assert constant is not None
+        axis = region.carriers[name].axis
+        sliced = np.take(constant, positions(), axis=axis)
+        if region.flat:
+            sliced = sliced.reshape(shape)
+        label = f"{name}.decomp.{tag or f'axis_{self._axis(name)}'}"
+        return gs.Constant(self.fragment.unique(label), np.ascontiguousarray(sliced))
+
+    # Joined tensors and lanes
+
+    def _lane(self, number: int) -> Branches | Batched:
+        segment = self.rewrite.segments[number]
+        kind = Batched if segment.form == "batched" else Branches
+        return kind(self, segment, number)
+
+    def _crossing(
+        self, tensor: str, number: int, way: Callable[[NDArray[Any], Sequence[NDArray[Any]]], Crossing]
+    ) -> Crossing:
+        segment = self.rewrite.segments[number]
+        return way(self.layout.stored(tensor), self.layout.blocks(tensor, segment))
+
+    def _in_lanes(self, tensor: str, number: int) -> Any:
+        if (number, tensor) not in self.lanes:
+            lane = self._lane(number)
+            crossing = self._crossing(tensor, number, entering)
+            value = self._gathered(
+                self._joined(tensor), crossing, tensor, f"{self._stem(number, 0)}/in", None
+            )
+            self.lanes[number, tensor] = lane.enter(value, crossing, self._axis_of(tensor))
+        return self.lanes[number, tensor]
+
+    def _joined(self, tensor: str, into: str | None = None) -> Value:
+        if tensor not in self.joined:
+            number = next((n for n, name in self.lanes if name == tensor), None)
+            if number is None:
+                outer = self.fragment.read(tensor)
+                self.joined[tensor] = self._flatten(outer, tensor) if self.flattened else outer
+            else:
+                crossing = self._crossing(tensor, number, leaving)
+                whole = into if crossing.index is None else None
+                lane, axis = self._lane(number), self._axis_of(tensor)
+                value = lane.leave(self.lanes[number, tensor], crossing, axis, tensor, whole)
+                self.joined[tensor] = self._gathered(
+                    value, crossing, tensor, f"{self._stem(number, 0)}/out", into
+                )
+        return self.joined[tensor]
+
+    def cells(self, at: int, segment: Segment, block: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Rows and columns of one block at a site, in the order in which its tensors hold them."""
+        region = self.rewrite.region
+        found = []
+        for group, units in zip(region.ends[at], region.units[at], strict=True):
+            labels = segment.labels[group]
+            if group in segment.copies:
+                order = self.layout.orders[group] if group in region.elastic else np.arange(len(labels))
+                found.append(order[labels[order] == block])
+            else:
+                found.append(members(units, self.layout.orders[group], labels, block))
+        return found[0], found[1]
+
+    def _axis_of(self, tensor: str) -> int:
+        return self.rewrite.region.carriers[tensor].axis
+
+    def _stem(self, number: int, end: int) -> str:
+        """What names of the first (0) or last (-1) site of a segment start with."""
+        return f"{self.rewrite.region.sites[self.rewrite.segments[number].sites[end]].name}/decomp"
+
+    # Borders
+
+    def _export(self, tensor: str) -> None:
+        """Make the joined tensor under the name that the outside reads."""
+        if tensor in self.joined:
+            if self.joined[tensor].name != tensor:
+                self._finish(self.joined[tensor], tensor)
+        elif self.flattened:
+            self._finish(self._joined(tensor), tensor)
+        else:
+            self._joined(tensor, into=tensor)
+
+    def _finish(self, value: Value, tensor: str) -> None:
+        stem = f"{self.rewrite.region.sites[0].name}/decomp"
+        if self.flattened:
+            self._unflatten(value, tensor, stem)
+        else:
+            self.fragment.one("Identity", f"{stem}/Identity", [value], into=tensor)
+
+    def _flatten(self, value: Value, tensor: str) -> Value:
         """To 2-D, once: every branch is then a plain Gemm."""
-        shape = self.fragment.integers(f"{prefix}/rows", [-1, self.rewrite.region.widths[0]])
-        return self.fragment.one("Reshape", f"{prefix}/Flatten", [value, shape])
+        region = self.rewrite.region
+        stem = f"{region.sites[0].name}/decomp"
+        shape = self.fragment.integers(f"{stem}/rows", [-1, len(region.carriers[tensor].units)])
+        return self.fragment.one("Reshape", f"{stem}/Flatten", [value, shape])
 
-    def _unflatten(self, value: Value, outer: Value, prefix: str) -> None:
+    def _unflatten(self, value: Value, tensor: str, prefix: str) -> None:
         """Back to the leading dimensions of the region's input."""
         region, make = self.rewrite.region, self.fragment
-        width = region.widths[-1]
-        known = self.index.shapes.get(region.input)
+        width = len(region.carriers[tensor].units)
+        known = self.index.shapes.get(region.entries[0])
         if known is not None and sum(dim is None for dim in known[:-1]) <= 1:
             lead = [-1 if dim is None else dim for dim in known[:-1]]
             shape: Value = make.integers(f"{prefix}/shape", [*lead, width])
         else:
-            full = make.one("Shape", f"{prefix}/Shape", [outer])
+            full = make.one("Shape", f"{prefix}/Shape", [make.read(region.entries[0])])
             bounds = [make.integers(f"{prefix}/{what}", [at]) for what, at in (("from", 0), ("to", -1))]
             lead_shape = make.one("Slice", f"{prefix}/Leading", [full, *bounds])
             size = make.integers(f"{prefix}/width", [width])
             shape = make.one("Concat", f"{prefix}/NewShape", [lead_shape, size], axis=0)
-        make.one("Reshape", f"{prefix}/Unflatten", [value, shape], into=region.output)
+        make.one("Reshape", f"{prefix}/Unflatten", [value, shape], into=tensor)
 
-    def _gather_in(self, value: Value, layout: Layout, prefix: str) -> Value:
-        if not layout.gather:
-            return value
-        return self._rearrange(value, layout.order, layout.size, layout.run, f"{prefix}/in", None)
-
-    def _gather_out(self, value: Value, layout: Layout, prefix: str, into: str | None) -> Value:
-        if not layout.gather:
-            return value
-        back = np.argsort(layout.order)
-        return self._rearrange(value, back, layout.size, layout.run, f"{prefix}/out", into)
-
-    def _rearrange(
-        self, value: Value, order: NDArray[Any], width: int, run: int, prefix: str, into: str | None
+    def _gathered(
+        self, value: Value, crossing: Crossing, tensor: str, prefix: str, into: str | None
     ) -> Value:
         """One Gather, of runs of columns where the order moves such: far cheaper than single columns.
 
         Single columns go as rows of the transposed matrix on a CPU, where a Gather of columns copies one element at a
         time: measured 2 to 3 times cheaper (docs/benchmarks.md). On a GPU either is about one copy.
         """
-        make = self.fragment
-        if run == 1:
+        make, order, run = self.fragment, crossing.index, crossing.run
+        if order is None:
+            return value
+        matrix = self.flattened or self.index.rank(tensor) == 2
+        if run == 1 or not matrix:
             chosen = make.integers(f"{prefix}/columns", order)
-            if self.target == "cuda":
-                return make.one("Gather", f"{prefix}/Gather", [value, chosen], axis=1, into=into)
+            if self.target == "cuda" or not matrix:
+                axis = 1 if matrix else self._axis_of(tensor)
+                return make.one("Gather", f"{prefix}/Gather", [value, chosen], axis=axis, into=into)
             value = make.one("Transpose", f"{prefix}/Columns", [value], perm=[1, 0])
             value = make.one("Gather", f"{prefix}/Gather", [value, chosen], axis=0)
             return make.one("Transpose", f"{prefix}/Back", [value], perm=[1, 0], into=into)
+        width = len(self.layout.stored(tensor)) if prefix.endswith("/in") else len(order)
         runs = make.integers(f"{prefix}/runs", order[::run] // run)
         apart = make.integers(f"{prefix}/apart", [-1, width // run, run])
         joined = make.integers(f"{prefix}/joined", [-1, len(order)])
@@ -168,153 +413,165 @@ class Writer:
         value = make.one("Gather", f"{prefix}/Gather", [value, runs], axis=1)
         return make.one("Reshape", f"{prefix}/Joined", [value, joined], into=into)
 
-    # Forms
 
-    def _branches(self, value: Value, segment: Segment, orders: Sequence[Layout], into: str | None) -> Value:
-        """One Split, a chain of Gemms for each block, one Concat; a single block needs neither."""
-        make, region = self.fragment, self.rewrite.region
-        first, last = region.sites[segment.start], region.sites[segment.stop - 1]
-        entering = _sequence(segment.labels[0], orders[0])
-        leaving = _sequence(segment.labels[-1], orders[-1])
-        if segment.blocks == 1:
-            return self._chain(value, segment, orders, 0, into)
-        pieces = self._split(value, [int(np.count_nonzero(segment.labels[0] == b)) for b in entering], first)
-        made = {
-            block: self._chain(piece, segment, orders, block, None)
-            for block, piece in zip(entering, pieces, strict=True)
-        }
-        name = f"{base_name(last)}/decomp/Concat"
-        return make.one("Concat", name, [made[block] for block in leaving], axis=1, into=into)
+@dataclass(frozen=True)
+class Branches:
+    """One value for each block: Split, a Gemm or an operator for each, Concat."""
 
-    def _split(self, value: Value, sizes: Sequence[int], site: Site) -> list[Value]:
-        make, name = self.fragment, f"{base_name(site)}/decomp/Split"
+    writer: Writer
+    segment: Segment
+    number: int
+
+    def enter(self, value: Value, crossing: Crossing, axis: int) -> list[Value]:
+        if self.segment.blocks == 1:
+            return [value]
+        make, name = self.writer.fragment, f"{self.writer._stem(self.number, 0)}/Split"
+        axis = 1 if self._matrix else axis
         if make.opset >= 13:
-            parts = make.integers(f"{name}/sizes", sizes)
-            return make.apply("Split", name, [value, parts], outputs=len(sizes), axis=1)
-        return make.apply("Split", name, [value], outputs=len(sizes), axis=1, split=list(sizes))
+            parts = make.integers(f"{name}/sizes", crossing.sizes)
+            made = make.apply("Split", name, [value, parts], outputs=len(crossing.sizes), axis=axis)
+        else:
+            made = make.apply(
+                "Split", name, [value], outputs=len(crossing.sizes), axis=axis, split=list(crossing.sizes)
+            )
+        return [made[crossing.sequence.index(block)] for block in range(self.segment.blocks)]
 
-    def _chain(
-        self, value: Value, segment: Segment, orders: Sequence[Layout], block: int, into: str | None
+    def leave(
+        self, values: Sequence[Value], crossing: Crossing, axis: int, tensor: str, into: str | None
     ) -> Value:
-        region = self.rewrite.region
-        for position in range(segment.start, segment.stop):
-            local = position - segment.start
-            site, affine = region.sites[position], self.rewrite.affine[position]
-            rows = _members(segment.labels[local], orders[local], block)
-            columns = _members(segment.labels[local + 1], orders[local + 1], block)
-            tag = f"block_{block:02d}"
-            last = position == segment.stop - 1
-            value = self._gemm(value, site, affine, rows, columns, tag, into if last else None)
-            if not last:
-                value = self._copy_link(value, region.links[position], columns, tag, (-1,))
-        return value
+        if self.segment.blocks == 1:
+            return values[0]
+        name = f"{self.writer._stem(self.number, -1)}/Concat"
+        ordered = [values[block] for block in crossing.sequence]
+        axis = 1 if self._matrix else axis
+        return self.writer.fragment.one("Concat", name, ordered, axis=axis, into=into)
 
-    def _gemm(
-        self,
-        value: Value,
-        site: Site,
-        affine: Affine,
-        rows: NDArray[Any],
-        columns: NDArray[Any],
-        tag: str,
-        into: str | None,
-    ) -> Value:
-        make = self.fragment
+    @property
+    def _matrix(self) -> bool:
+        region = self.writer.rewrite.region
+        return region.flat and (self.writer.flattened or region.sites[0].rank == 2)
+
+    def site(self, values: Sequence[Value], at: int, into: str | None) -> list[Value]:
+        return [self._gemm(value, at, block, into) for block, value in enumerate(values)]
+
+    def _gemm(self, value: Value, at: int, block: int, into: str | None) -> Value:
+        make, writer = self.writer.fragment, self.writer
+        site, affine = writer.rewrite.region.sites[at], writer.rewrite.affine[at]
+        rows, columns = writer.cells(at, self.segment, block)
+        tag = f"block_{block:02d}"
         weight = make.weight(f"{site.weight}.decomp.{tag}", affine.weight[np.ix_(rows, columns)])
         stem = f"{base_name(site)}/decomp/{tag}"
         if affine.bias is None:
             return make.one("MatMul", f"{stem}/MatMul", [value, weight], into=into)
-        name = f"{site.bias or site.weight + '.bias'}.decomp.{tag}"
-        bias = make.weight(name, affine.bias[columns])
-        return make.one("Gemm", f"{stem}/Gemm", [value, weight, bias], into=into)
-
-    def _batched(self, value: Value, segment: Segment, orders: Sequence[Layout], into: str | None) -> Value:
-        """[T, G k] -> [G, T, k], one batched MatMul for each site, and back; equal blocks only."""
-        make, region = self.fragment, self.rewrite.region
-        stem = f"{base_name(region.sites[segment.start])}/decomp"
-        blocks = _sequence(segment.labels[0], orders[0])
-        width = int(np.count_nonzero(segment.labels[0] != DROPPED))
-        apart = make.integers(f"{stem}/apart", [-1, len(blocks), width // len(blocks)])
-        value = make.one("Reshape", f"{stem}/Apart", [value, apart])
-        value = make.one("Transpose", f"{stem}/Blocks", [value], perm=[1, 0, 2])
-        for position in range(segment.start, segment.stop):
-            local = position - segment.start
-            site, affine = region.sites[position], self.rewrite.affine[position]
-            rows = [_members(segment.labels[local], orders[local], b) for b in blocks]
-            columns = [_members(segment.labels[local + 1], orders[local + 1], b) for b in blocks]
-            stack = np.stack([affine.weight[np.ix_(r, c)] for r, c in zip(rows, columns, strict=True)])
-            weight = make.weight(f"{site.weight}.decomp.blocks", stack)
-            name = f"{base_name(site)}/decomp/blocks"
-            value = make.one("MatMul", f"{name}/MatMul", [value, weight])
-            if position < segment.stop - 1:
-                if affine.bias is not None:
-                    rows_of_bias = np.stack([affine.bias[c] for c in columns])[:, None, :]
-                    bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp.blocks", rows_of_bias)
-                    value = make.one("Add", f"{name}/Add", [value, bias])
-                value = self._copy_link(
-                    value, region.links[position], np.concatenate(columns), "blocks", (len(blocks), 1, -1)
-                )
-        return self._join(value, segment, orders[-1], blocks, into)
-
-    def _join(
-        self, value: Value, segment: Segment, layout: Layout, blocks: Sequence[int], into: str | None
-    ) -> Value:
-        """[G, T, n] -> [T, N] in the axis' own order of blocks, then the last bias, once."""
-        make, region = self.fragment, self.rewrite.region
-        site, affine = region.sites[segment.stop - 1], self.rewrite.affine[segment.stop - 1]
-        stem = f"{base_name(site)}/decomp"
-        leaving = _sequence(segment.labels[-1], layout)
-        if leaving != list(blocks):
-            places = make.integers(f"{stem}/order", [list(blocks).index(block) for block in leaving])
-            value = make.one("Gather", f"{stem}/Order", [value, places], axis=0)
-        value = make.one("Transpose", f"{stem}/Together", [value], perm=[1, 0, 2])
-        joined = make.integers(f"{stem}/joined", [-1, len(layout.order)])
-        if affine.bias is None:
-            return make.one("Reshape", f"{stem}/Joined", [value, joined], into=into)
-        value = make.one("Reshape", f"{stem}/Joined", [value, joined])
-        bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp", affine.bias[layout.order])
+        bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp.{tag}", affine.bias[columns])
+        if self._matrix or site.rank == 2:
+            return make.one("Gemm", f"{stem}/Gemm", [value, weight, bias], into=into)
+        value = make.one("MatMul", f"{stem}/MatMul", [value, weight])
         return make.one("Add", f"{stem}/Add", [value, bias], into=into)
 
-    # What stands between sites
+    def link(
+        self, node: onnx.NodeProto, lanes: Callable[[str], list[Value]], carried: Callable[[str], bool]
+    ) -> dict[str, list[Value]]:
+        made: dict[str, list[Value]] = {name: [] for name in node.output if name}
+        for block in range(self.segment.blocks):
+            tag = f"block_{block:02d}"
 
-    def _link(self, value: Value, link: Link, axis: int, orders: Sequence[Layout]) -> Value:
-        return self._copy_link(value, link, orders[axis].order, f"axis_{axis}", (-1,))
+            positions = partial(self._positions, block)
+            inputs = [
+                lanes(name)[block]
+                if carried(name)
+                else self.writer._operand(name, tag, partial(positions, name), (-1,))
+                for name in node.input
+            ]
+            for name, value in self.writer._copy(node, inputs, tag, positions).items():
+                made[name].append(value)
+        return made
 
-    def _copy_link(
-        self, value: Value, link: Link, units: NDArray[Any], tag: str, shape: tuple[int, ...]
-    ) -> Value:
-        """The elementwise operators of a link once more, over the given units only."""
-        make = self.fragment
-        values: dict[str, Value] = {link.entry: value}
-        for position in link.nodes:
-            node = self.index.node(position)
-            inputs = [self._operand(name, link, units, tag, shape, values) for name in node.input]
-            stem = f"{node.name or node.op_type}/decomp/{tag}"
-            attributes = {item.name: _attribute(item) for item in node.attribute}
-            values[node.output[0]] = make.one(
-                node.op_type, stem, inputs, domain=node.domain or None, **attributes
-            )
-        return values[link.exit]
+    def _positions(self, block: int, name: str) -> NDArray[Any]:
+        return self.writer.layout.blocks(name, self.segment)[block]
 
-    def _operand(
-        self,
-        name: str,
-        link: Link,
-        units: NDArray[Any],
-        tag: str,
-        shape: tuple[int, ...],
-        values: dict[str, Value],
-    ) -> Value:
-        if name in values:
-            return values[name]
-        if not name:
-            return gs.Variable.empty()
-        if name not in link.channels:
-            return self.fragment.scalars.setdefault(name, gs.Variable(name))
-        constant = self.index.constant(name)
-        assert constant is not None
-        sliced = constant.reshape(-1)[units].reshape(shape)
-        return gs.Constant(self.fragment.unique(f"{name}.decomp.{tag}"), np.ascontiguousarray(sliced))
+
+@dataclass(frozen=True)
+class Batched:
+    """One value [G, T, n] for all blocks, which are equal: one batched MatMul for each site."""
+
+    writer: Writer
+    segment: Segment
+    number: int
+
+    def enter(self, value: Value, crossing: Crossing, axis: int) -> Value:
+        make, stem = self.writer.fragment, self.writer._stem(self.number, 0)
+        apart = make.integers(f"{stem}/apart", [-1, len(crossing.sizes), crossing.sizes[0]])
+        value = make.one("Reshape", f"{stem}/Apart", [value, apart])
+        value = make.one("Transpose", f"{stem}/Blocks", [value], perm=[1, 0, 2])
+        return self._resequenced(value, crossing.sequence, range(self.segment.blocks), f"{stem}/first")
+
+    def leave(self, value: Value, crossing: Crossing, axis: int, tensor: str, into: str | None) -> Value:
+        """[G, T, n] -> [T, N] in the axis' own order of blocks, then the last bias, once."""
+        make, stem, region = (
+            self.writer.fragment,
+            self.writer._stem(self.number, -1),
+            self.writer.rewrite.region,
+        )
+        value = self._resequenced(value, range(self.segment.blocks), crossing.sequence, f"{stem}/order")
+        value = make.one("Transpose", f"{stem}/Together", [value], perm=[1, 0, 2])
+        joined = make.integers(f"{stem}/joined", [-1, sum(crossing.sizes)])
+        at = self._late(tensor)
+        if at is None:
+            return make.one("Reshape", f"{stem}/Joined", [value, joined], into=into)
+        site, affine = region.sites[at], self.writer.rewrite.affine[at]
+        assert affine.bias is not None
+        value = make.one("Reshape", f"{stem}/Joined", [value, joined])
+        blocks = self.writer.layout.blocks(tensor, self.segment)
+        order = np.concatenate([blocks[block] for block in crossing.sequence])
+        bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp", affine.bias[order])
+        return make.one("Add", f"{stem}/Add", [value, bias], into=into)
+
+    def _resequenced(self, value: Value, have: Sequence[int], want: Sequence[int], stem: str) -> Value:
+        if list(have) == list(want):
+            return value
+        places = self.writer.fragment.integers(stem, [list(have).index(block) for block in want])
+        return self.writer.fragment.one("Gather", f"{stem}/Gather", [value, places], axis=0)
+
+    def _late(self, tensor: str) -> int | None:
+        """The site whose bias is added after its blocks were joined: nothing in the lanes reads its output."""
+        region, index = self.writer.rewrite.region, self.writer.index
+        for at in self.segment.sites:
+            site = region.sites[at]
+            if site.output == tensor and self.writer.rewrite.affine[at].bias is not None:
+                inner = {p for s in region.sites for p in s.nodes} | set(region.links)
+                if not inner.intersection(index.consumers.get(tensor, [])):
+                    return at
+        return None
+
+    def site(self, value: Value, at: int, into: str | None) -> Value:
+        make, writer = self.writer.fragment, self.writer
+        site, affine = writer.rewrite.region.sites[at], writer.rewrite.affine[at]
+        cells = [writer.cells(at, self.segment, block) for block in range(self.segment.blocks)]
+        stack = np.stack([affine.weight[np.ix_(rows, columns)] for rows, columns in cells])
+        weight = make.weight(f"{site.weight}.decomp.blocks", stack)
+        name = f"{base_name(site)}/decomp/blocks"
+        value = make.one("MatMul", f"{name}/MatMul", [value, weight])
+        if affine.bias is None or self._late(site.output) is not None:
+            return value
+        rows_of_bias = np.stack([affine.bias[columns] for _, columns in cells])[:, None, :]
+        bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp.blocks", rows_of_bias)
+        return make.one("Add", f"{name}/Add", [value, bias])
+
+    def link(
+        self, node: onnx.NodeProto, lanes: Callable[[str], Value], carried: Callable[[str], bool]
+    ) -> dict[str, Value]:
+        shape = (self.segment.blocks, 1, -1)
+        inputs = [
+            lanes(name)
+            if carried(name)
+            else self.writer._operand(name, "blocks", partial(self._positions, name), shape)
+            for name in node.input
+        ]
+        return self.writer._copy(node, inputs, "blocks", self._positions)
+
+    def _positions(self, name: str) -> NDArray[Any]:
+        return np.concatenate(self.writer.layout.blocks(name, self.segment))
 
 
 def base_name(site: Site) -> str:
@@ -327,17 +584,6 @@ def _attribute(item: onnx.AttributeProto) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _sequence(labels: NDArray[np.int32], layout: Layout) -> list[int]:
-    """Blocks in the order in which the axis stores them."""
-    return blocks_in_order(labels[layout.order])
-
-
-def _members(labels: NDArray[np.int32], layout: Layout, block: int) -> NDArray[np.intp]:
-    """Elements of a block, in the order in which the axis stores them."""
-    members: NDArray[np.intp] = layout.order[labels[layout.order] == block]
-    return members
-
-
 def emit(
     index: GraphIndex, rewrites: Sequence[Rewrite], opset: int, target: Device = "cpu"
 ) -> onnx.ModelProto:
@@ -345,16 +591,19 @@ def emit(
     model = onnx.ModelProto()
     model.CopyFrom(index.proto)
     graph = model.graph
+    orders = joined_orders(rewrites)
     taken = _names(graph)
     fragments: dict[int, list[onnx.NodeProto]] = {}
     removed: set[int] = set()
     new_tensors: list[onnx.TensorProto] = []
     for rewrite in rewrites:
-        fragment = Fragment(taken, opset, rewrite.region.sites[0].dtype)
-        Writer(index, rewrite, fragment, target).write()
+        region = rewrite.region
+        fragment = Fragment(taken, opset, region.sites[0].dtype)
+        layout = Layout.of(region, rewrite.segments, orders)
+        spans = Writer(index, rewrite, fragment, layout, target).write()
         nodes, tensors = fragment.messages()
-        fragments[rewrite.region.nodes[-1]] = nodes
-        removed.update(rewrite.region.nodes)
+        fragments |= {position: nodes[first:last] for position, (first, last) in spans.items()}
+        removed.update(region.nodes)
         new_tensors += tensors
     nodes = []
     for position, node in enumerate(index.proto.graph.node):
@@ -364,8 +613,31 @@ def emit(
     del graph.node[:]
     graph.node.extend(nodes)
     _prune(graph, [index.node(position) for position in sorted(removed)])
+    _reorder(index, graph, rewrites, orders)
     graph.initializer.extend(new_tensors)
     return model
+
+
+def _reorder(index: GraphIndex, graph: onnx.GraphProto, rewrites: Sequence[Rewrite], orders: Orders) -> None:
+    """Store every constant that carries a reordered group in its new order."""
+    groups = {number: group for rewrite in rewrites for number, group in rewrite.region.groups.items()}
+    changes: dict[str, list[tuple[Carrier, NDArray[np.intp]]]] = {}
+    for number, order in orders.items():
+        if not np.array_equal(order, np.arange(len(order))):
+            for carrier in groups[number].stored:
+                changes.setdefault(carrier.tensor, []).append((carrier, order))
+    holders = [(tensor.name, tensor) for tensor in graph.initializer]
+    for node in graph.node:
+        tensor = constant_tensor(node)
+        if tensor is not None:
+            holders.append((node.output[0], tensor))
+    for name, tensor in holders:
+        if name not in changes:
+            continue
+        array = index.read(index.stored[name])
+        for carrier, order in changes[name]:
+            array = np.take(array, along(carrier.units, order), axis=carrier.axis)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(array), tensor.name))
 
 
 def _names(graph: onnx.GraphProto) -> set[str]:

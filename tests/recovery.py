@@ -46,7 +46,7 @@ def recovered(planted: PlantedModel, found: Finding) -> bool:
     """One structure over the whole run, with exactly the planted blocks on every axis (adjusted Rand index 1)."""
     if len(found.structures) != 1 or found.structures[0].blocks != planted.spec.blocks:
         return False
-    labels = np.concatenate(found.structures[0].labels)
+    labels = np.concatenate(found.structures[0].grouping)
     pairs = np.unique(np.stack([labels, np.concatenate(planted.labels)]), axis=1)
     return bool((labels >= 0).all() and pairs.shape[1] == planted.spec.blocks)
 

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from models.planted import Planted, build, oracle_misplacements, shuffled
 from onnx_decomp.passes.annealing import (
+    Wiring,
     agreement,
     components,
     exact_structure,
@@ -59,8 +60,8 @@ def test_planted_blocks_with_a_snapshot(
     assert structure.kind == ("annealed" if jitter else "exact")
     assert structure.p < 1e-6
     assert structure.stability > 0.8
-    assert (structure.start, structure.stop) == (0, len(widths) - 1)
-    assert all(axis.dtype == np.int32 for axis in structure.labels)
+    assert structure.sites == tuple(range(len(widths) - 1))
+    assert all(axis.dtype == np.int32 for axis in structure.grouping)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -93,8 +94,8 @@ def test_trained_towers_are_four_components_of_the_whole_network(variant: str) -
     """Masked gradients: what is dropped is dead, everything else lies in its tower on every axis."""
     structure = _towers(variant).structures[0]
     truth = np.load(MODELS / "towers/labels.npz")
-    assert (structure.kind, structure.start, structure.stop, structure.blocks) == ("exact", 0, 3, 4)
-    for axis, labels in enumerate(structure.labels):
+    assert (structure.kind, structure.sites, structure.blocks) == ("exact", (0, 1, 2), 4)
+    for axis, labels in enumerate(structure.grouping):
         alive = labels != DROPPED
         assert alive.mean() > 0.8
         pairs = np.unique(np.stack([labels[alive], truth[f"axis_{axis}"][alive]]), axis=1)
@@ -152,7 +153,7 @@ def test_a_supported_block_between_blocks_joins_them() -> None:
     (structure,) = find_structure([snapshot_evidence(W, W0)]).structures
     joined = tuple(np.where(axis == 3, 1, axis).astype(np.int32) for axis in planted.labels)
     assert structure.blocks == 3
-    assert agreement(structure.labels, joined) == 1.0
+    assert agreement(structure.grouping, joined) == 1.0
 
 
 def test_an_edge_between_all_blocks_leaves_nothing() -> None:
@@ -172,15 +173,15 @@ def test_a_dense_layer_cuts_the_run() -> None:
     left, right = (build(Planted(widths=(128, 192, 128), blocks=4, jitter=0.1, seed=s)) for s in (1, 2))
     dense = build(Planted(widths=(128, 128), structured=False, jitter=0.1))
     found = find_structure([*evidence_of(left), *evidence_of(dense), *evidence_of(right)])
-    assert [(s.start, s.stop, s.blocks) for s in found.structures] == [(0, 2, 4), (3, 5, 4)]
+    assert [(s.sites, s.blocks) for s in found.structures] == [((0, 1), 4), ((3, 4), 4)]
     assert list(found.reasons) == [2]
-    assert agreement(found.structures[1].labels, right.labels) == 1.0
+    assert agreement(found.structures[1].grouping, right.labels) == 1.0
 
 
 def test_layers_that_disagree_are_solved_alone() -> None:
     first, second = (build(Planted(widths=(128, 128), blocks=4, jitter=0.1, seed=s)) for s in (1, 2))
     found = find_structure([*evidence_of(first), *evidence_of(second)])
-    assert [(s.start, s.stop) for s in found.structures] == [(0, 1), (1, 2)]
+    assert [s.sites for s in found.structures] == [(0,), (1,)]
 
 
 def test_a_null_that_does_not_fit_cuts_the_run() -> None:
@@ -188,7 +189,7 @@ def test_a_null_that_does_not_fit_cuts_the_run() -> None:
     evidence: list[Any] = evidence_of(planted)
     evidence[1] = replace(evidence[1], fits=False)
     found = find_structure(evidence)
-    assert [(s.start, s.stop) for s in found.structures] == [(0, 1), (2, 3)]
+    assert [s.sites for s in found.structures] == [(0,), (2,)]
     assert found.reasons[1].code == "null-does-not-fit"
     assert find_structure([None]).reasons[0].code == "null-does-not-fit"
 
@@ -207,7 +208,7 @@ def test_dead_elements_are_dropped(jitter: float) -> None:
     (structure,) = find_structure([snapshot_evidence(w, w0) for w, w0 in pairs]).structures
     assert (structure.labels[1][:9] == DROPPED).all()
     assert (structure.labels[1][9:] != DROPPED).all()
-    assert agreement(structure.labels, planted.labels) == 1.0
+    assert agreement(structure.grouping, planted.labels) == 1.0
 
 
 @pytest.mark.parametrize("widths", [(1, 1), (2, 3), (3, 200), (200, 1), (64, 2, 64)])
@@ -226,7 +227,7 @@ def test_components_must_reach_every_axis() -> None:
     second = np.zeros((5, 3), bool)
     first[0, 0] = first[1, 1] = first[2, 2] = True
     second[0, 2] = second[1, 0] = True
-    found = components([first, second])
+    found = components([first, second], Wiring.chain(2))
     assert [axis.tolist() for axis in found] == [[0, 1, -1, -1], [0, 1, -1, -1, -1], [1, -1, 0]]
 
 
@@ -260,7 +261,7 @@ def test_same_seed_same_structure() -> None:
     evidence = evidence_of(build(Planted(widths=(128, 192), blocks=4, jitter=0.4)))
     first, second = (find_structure(evidence, seed=7) for _ in range(2))
     for a, b in zip(first.structures, second.structures, strict=True):
-        assert all(np.array_equal(x, y) for x, y in zip(a.labels, b.labels, strict=True))
+        assert all(np.array_equal(x, y) for x, y in zip(a.grouping, b.grouping, strict=True))
         assert (a.p, a.stability) == (b.p, b.stability)
 
 

@@ -18,7 +18,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from models.planted import Planted, build, calibration
+from models.planted import Planted, PlantedModel, build, calibration
+from onnx_decomp.axes import Region
 from onnx_decomp.passes.folding import compose
 from onnx_decomp.program import Form, Rewrite, Structure
 from onnx_decomp.runtime import cuda_problem
@@ -113,24 +114,24 @@ def test_emitted_graph(name: str) -> None:
     region = only_region(index)
     structures: list[Structure] = []
     if case.form != "dense":
-        whole = true_structure(planted)
-        stop = case.layers or whole.stop
-        structures = [replace(whole, stop=stop, labels=whole.labels[: stop + 1])]
-    keep = [_first_of_each(labels, case.keep) for labels in planted.labels]
-    segments = compose(region.widths, structures, keep)
+        whole = true_structure(planted, region)
+        stop = case.layers or len(region.sites)
+        labels = {group: whole.labels[group] for group in range(stop + 1)}
+        structures = [replace(whole, sites=tuple(range(stop)), labels=labels)]
+    keep = {} if case.keep is None else _first_of_each(planted, region, case.keep)
+    segments = compose(region, structures, keep)
     shaped = tuple(replace(s, form=case.form) if s.blocks > 1 else s for s in segments)
     rewrite: Rewrite = rewrite_of(index, region, shaped)
     feeds = calibration(planted, 5, seed=1)
     check(name, check_equal(index, rewrite, feeds, case.spec.opset))
 
 
-def _first_of_each(labels: np.ndarray, count: int | None) -> np.ndarray | None:
-    """The first `count` units of every block; None for all."""
-    if count is None:
-        return None
-    keep = np.zeros(len(labels), bool)
-    for block in np.unique(labels):
-        keep[np.flatnonzero(labels == block)[:count]] = True
+def _first_of_each(planted: PlantedModel, region: Region, count: int) -> dict[int, np.ndarray]:
+    """The first `count` units of every block of each hidden axis."""
+    keep = {group: np.zeros(len(planted.labels[group]), bool) for group in region.elastic}
+    for group, stays in keep.items():
+        for block in np.unique(planted.labels[group]):
+            stays[np.flatnonzero(planted.labels[group] == block)[:count]] = True
     return keep
 
 

@@ -197,8 +197,8 @@ def test_what_is_left_says_why(tricky: Job, tmp_path: Path) -> None:
         ("layers.1/MatMul", "main"): "applied",
         ("inner", "if:if/then"): "nested-graph",
         ("inner", "if:if/else"): "nested-graph",
-        ("shared/first", "main"): "shared-weight",
-        ("shared/second", "main"): "shared-weight",
+        ("shared/first", "main"): "not-better-than-shuffled",
+        ("shared/second", "main"): "not-better-than-shuffled",
         ("head/Gemm", "main"): "not-better-than-shuffled",
     }
 

@@ -65,10 +65,10 @@ def make_program(node: str = "fc1", keep: bool = True) -> Program:
     program.evidence[0] = Evidence(
         "snapshot", zero, None, 0.9, 0.1, True, float("nan"), 0.25, 2, {"tiles": 0.5}
     )
-    labels = (BLOCKS, HIDDEN, BLOCKS)
-    program.structures[region.name] = (Structure(0, 2, labels, 2, "exact", 0.005, 1.0),)
+    labels = dict(zip(region.order, (BLOCKS, HIDDEN, BLOCKS), strict=True))
+    program.structures[region.name] = (Structure((0, 1), labels, 2, "exact", 0.005, 1.0),)
     if keep:
-        segment = Segment(0, 2, labels, 2, "chain")
+        segment = Segment((0, 1), labels, 2, "chain")
         errors = ((2e-4, 4e-4), (1e-4, 2e-4))
         affine = tuple(program.affine(site) for site in region.sites)
         program.rewrites.append(Rewrite(region, (segment,), affine, "split", "applied", errors=errors))
@@ -155,17 +155,18 @@ def test_flops_count_what_is_computed() -> None:
 def test_a_dense_segment_without_dropped_units_is_dense() -> None:
     program = make_program()
     region = program.regions[0]
-    whole = (np.zeros(4, np.int32), np.array([0, 0, 0, 0, 0, -1], np.int32))
+    first, hidden, last = region.order
+    whole = {first: np.zeros(4, np.int32), hidden: np.array([0, 0, 0, 0, 0, -1], np.int32)}
     segments = (
-        Segment(0, 1, whole, 1),
-        Segment(1, 2, (np.zeros(6, np.int32), np.zeros(4, np.int32)), 1),
+        Segment((0,), whole, 1),
+        Segment((1,), {hidden: np.zeros(6, np.int32), last: np.zeros(4, np.int32)}, 1),
     )
     affine = program.rewrites[0].affine
     program.rewrites = [Rewrite(region, segments, affine, "reduced", "applied")]
-    first, second = build(program, program.original, measured())["sites"][:2]
-    assert (first["decision"], first["flop_ratio"]) == ("reduced", 20 / 24)
-    assert (second["decision"], second["flop_ratio"]) == ("dense", 1.0)
-    assert first["error"]["predicted"] is None
+    reduced, dense = build(program, program.original, measured())["sites"][:2]
+    assert (reduced["decision"], reduced["flop_ratio"]) == ("reduced", 20 / 24)
+    assert (dense["decision"], dense["flop_ratio"]) == ("dense", 1.0)
+    assert reduced["error"]["predicted"] is None
 
 
 def test_a_region_that_a_gate_undid_keeps_the_reason() -> None:

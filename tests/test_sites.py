@@ -110,10 +110,13 @@ def test_what_cannot_be_rewritten_says_why(reason: str) -> None:
     assert find_regions(index_of(model(nodes, tensors, ["n", K], ["n", N])), [site]) == []
 
 
-def test_a_shared_weight_stays() -> None:
-    square = W[:4]
+def test_uses_of_a_shared_weight_are_one_region_or_stay() -> None:
     nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "w"], ["y"])]
-    sites = find_sites(index_of(model(nodes, {"w": square}, ["n", 4], ["n", 4])))
+    index = index_of(model(nodes, {"w": W[:4]}, ["n", 4], ["n", 4]))
+    (region,) = find_regions(index, find_sites(index))
+    assert region.ends == ((0, 0), (0, 0)), "one order for rows and columns"
+    nodes[1] = helper.make_node("Gemm", ["h", "w"], ["y"], alpha=2.0)
+    sites = find_sites(index_of(model(nodes, {"w": W[:4]}, ["n", 4], ["n", 4])))
     assert [site.obstacle for site in sites] == ["shared-weight"] * 2
 
 
@@ -171,12 +174,12 @@ LINKS = {
     "residual": (
         [helper.make_node("MatMul", ["x", "w3"], ["r"]), helper.make_node("Add", ["h", "r"], ["a"])],
         {"w3": W + 1},
-        [(0,), (1,), (2,)],
+        [(0, 1, 2)],
     ),
     "values across samples": (
         [helper.make_node("Mul", ["h", "s"], ["a"])],
         {"s": np.ones((3, 1), np.float32)},
-        APART,
+        TOGETHER,
     ),
 }
 
@@ -187,11 +190,12 @@ def test_runs_end_where_units_mix(name: str) -> None:
     assert run_of(link, tensors) == expected
 
 
-def test_a_graph_output_in_between_pins_the_axis() -> None:
+def test_a_graph_output_in_between_pins_the_axis_and_is_an_exit() -> None:
     nodes = [helper.make_node("MatMul", ["x", "w1"], ["h"]), helper.make_node("MatMul", ["h", "w2"], ["y"])]
     proto = model(nodes, {"w1": W, "w2": np.ascontiguousarray(W.T)}, ["n", K], ["n", K])
-    assert [len(region.sites) for region in find_regions(index_of(proto), find_sites(index_of(proto)))] == [2]
+    (region,) = find_regions(index_of(proto), find_sites(index_of(proto)))
+    assert (region.exits, region.elastic) == (("y",), {1})
     proto.graph.output.append(helper.make_tensor_value_info("h", TensorProto.FLOAT, ["n", N]))
-    regions = find_regions(index_of(proto), find_sites(index_of(proto)))
-    assert [len(region.sites) for region in regions] == [1, 1]
-    assert regions[0].groups[-1].pinned == "graph-output"
+    (region,) = find_regions(index_of(proto), find_sites(index_of(proto)))
+    assert (region.exits, region.elastic) == (("h", "y"), frozenset())
+    assert region.groups[1].pinned == "graph-output"

@@ -43,15 +43,16 @@ def only_region(index: GraphIndex) -> Region:
     return region
 
 
-def true_structure(planted: PlantedModel) -> Structure:
-    layers = len(planted.labels) - 1
-    return Structure(0, layers, planted.labels, planted.spec.blocks, "exact", 0.0, 1.0)
+def true_structure(planted: PlantedModel, region: Region) -> Structure:
+    layers = tuple(range(len(planted.labels) - 1))
+    labels = dict(zip(region.order, planted.labels, strict=True))
+    return Structure(layers, labels, planted.spec.blocks, "exact", 0.0, 1.0)
 
 
 def rewrite_of(index: GraphIndex, region: Region, segments: tuple[Segment, ...]) -> Rewrite:
     """Masked weights and a bias that was moved a little, as a refit would."""
     affine = []
-    for site, (rows, columns) in zip(region.sites, partition(segments), strict=True):
+    for site, (rows, columns) in zip(region.sites, partition(region, segments), strict=True):
         kept = masked(read_affine(index, site), rows, columns)
         bias = np.linspace(-0.1, 0.1, site.shape[1]) if kept.bias is None else kept.bias + 0.01
         affine.append(Affine(kept.weight, bias.astype(np.float32)))
@@ -83,8 +84,8 @@ def test_every_storage_opset_and_type(form: str, opset: int, dtype: str) -> None
     planted = build(Planted((24, 48, 36), blocks=3, form=form, opset=opset, dtype=dtype, seed=opset))
     index = index_of(planted.model)
     region = only_region(index)
-    segments = compose(region.widths, [true_structure(planted)], [None] * 3)
-    for form_name in forms(segments[0]):
+    segments = compose(region, [true_structure(planted, region)])
+    for form_name in forms(region, segments[0]):
         shaped = (replace(segments[0], form=form_name),)
         rewrite = rewrite_of(index, region, shaped)
         check_equal(index, rewrite, calibration(planted, 9, seed=1), opset)
@@ -100,8 +101,8 @@ def test_every_link_rank_and_border(activation: str, rank: int, hide: str) -> No
     index = index_of(planted.model)
     region = only_region(index)
     assert len(region.sites) == 3
-    segments = compose(region.widths, [true_structure(planted)], [None] * 4)
-    for form_name in forms(segments[0]):
+    segments = compose(region, [true_structure(planted, region)])
+    for form_name in forms(region, segments[0]):
         shaped = (replace(segments[0], form=form_name),)
         written = check_equal(index, rewrite_of(index, region, shaped), calibration(planted, 8, seed=2), 20)
         gathers = sum(node.op_type == "Gather" for node in written.graph.node)
@@ -123,20 +124,12 @@ def test_random_partitions_with_dropped_units(data: st.DataObject) -> None:
     start = data.draw(st.integers(0, layers - 1))
     stop = data.draw(st.integers(start + 1, layers))
     blocks = data.draw(st.integers(2, 3))
-    structure = Structure(
-        start,
-        stop,
-        tuple(_labels(rng, width, blocks) for width in widths[start : stop + 1]),
-        blocks,
-        "exact",
-        0,
-        1,
-    )
-    keep = [
-        None if axis in (0, layers) else _keep(rng, widths, axis, structure) for axis in range(layers + 1)
-    ]
-    segments = compose(widths, [structure], keep)
-    for shaped in _all_forms(segments):
+    labels = {group: _labels(rng, widths[group], blocks) for group in range(start, stop + 1)}
+    structure = Structure(tuple(range(start, stop)), labels, blocks, "exact", 0, 1)
+    assert region.order == tuple(range(layers + 1))
+    keep = {group: _keep(rng, widths, group, structure) for group in range(1, layers)}
+    segments = compose(region, [structure], keep)
+    for shaped in _all_forms(region, segments):
         check_equal(index, rewrite_of(index, region, shaped), calibration(planted, 5, seed=seed), 17)
 
 
@@ -149,16 +142,18 @@ def _labels(rng: np.random.Generator, width: int, blocks: int) -> np.ndarray:
 
 def _keep(rng: np.random.Generator, widths: tuple[int, ...], axis: int, structure: Structure) -> np.ndarray:
     keep = rng.random(widths[axis]) < 0.7
-    if structure.start <= axis <= structure.stop:
+    if axis in structure.labels:
         for block in range(structure.blocks):
-            keep[np.flatnonzero(structure.labels[axis - structure.start] == block)[0]] = True
+            keep[np.flatnonzero(structure.labels[axis] == block)[0]] = True
     else:
         keep[0] = True
     return keep
 
 
-def _all_forms(segments: tuple[Segment, ...]) -> list[tuple[Segment, ...]]:
+def _all_forms(region: Region, segments: tuple[Segment, ...]) -> list[tuple[Segment, ...]]:
     shaped: list[tuple[Segment, ...]] = [()]
     for segment in segments:
-        shaped = [(*before, replace(segment, form=form)) for before in shaped for form in forms(segment)]
+        shaped = [
+            (*before, replace(segment, form=form)) for before in shaped for form in forms(region, segment)
+        ]
     return shaped
