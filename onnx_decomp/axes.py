@@ -220,13 +220,17 @@ class Builder:
         taken = {position for site in self.sites for position in site.nodes}
         entry = {site.input for site in self.sites}
         reached, links = {site.output for site in self.sites}, set[int]()
+        beyond = set[str]()  # what is computed from joined tensors: the statistics of a norm in pieces, say
         forward = []
         for position, node in enumerate(self.index.proto.graph.node):
-            if position in taken or not any(name in reached for name in node.input):
+            if position in taken:
                 continue
-            if self._separable(position):
+            joined = any(name in beyond and self.carriers.get(name) is None for name in node.input)
+            if any(name in reached for name in node.input) and not joined and self._separable(position):
                 forward.append(position)
                 reached.update(node.output)
+            elif any(name in beyond or name in reached for name in node.input):
+                beyond.update(node.output)
         wanted = set(entry)
         for position in reversed(forward):
             if any(name in wanted for name in self.index.node(position).output):

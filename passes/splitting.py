@@ -185,10 +185,11 @@ class Writer:
     def _link(self, position: int, number: int | None) -> None:
         node = self.index.node(position)
         if number is not None:
-            made = self._lane(number).link(
-                node, lambda name: self._in_lanes(name, number), lambda name: self._carried(name)
-            )
+            into = node.output[0] if self._lands(node.output[0], number) else None
+            made = self._lane(number).link(node, lambda name: self._in_lanes(name, number), into)
             self.lanes |= {(number, name): value for name, value in made.items()}
+            if into is not None:
+                self.joined[into] = made[into][0]
             return
         inputs = []
         for name in node.input:
@@ -347,19 +348,11 @@ class Writer:
 
     def _export(self, tensor: str) -> None:
         """Make the joined tensor under the name that the outside reads."""
-        if tensor in self.joined:
-            if self.joined[tensor].name != tensor:
-                self._finish(self.joined[tensor], tensor)
-        elif self.flattened:
-            self._finish(self._joined(tensor), tensor)
-        else:
-            self._joined(tensor, into=tensor)
-
-    def _finish(self, value: Value, tensor: str) -> None:
         stem = f"{self.rewrite.region.sites[0].name}/decomp"
+        value = self._joined(tensor, None if self.flattened else tensor)
         if self.flattened:
             self._unflatten(value, tensor, stem)
-        else:
+        elif value.name != tensor:
             self.fragment.one("Identity", f"{stem}/Identity", [value], into=tensor)
 
     def _flatten(self, value: Value, tensor: str) -> Value:
@@ -470,7 +463,7 @@ class Branches:
         return make.one("Add", f"{stem}/Add", [value, bias], into=into)
 
     def link(
-        self, node: onnx.NodeProto, lanes: Callable[[str], list[Value]], carried: Callable[[str], bool]
+        self, node: onnx.NodeProto, lanes: Callable[[str], list[Value]], into: str | None
     ) -> dict[str, list[Value]]:
         made: dict[str, list[Value]] = {name: [] for name in node.output if name}
         for block in range(self.segment.blocks):
@@ -479,11 +472,11 @@ class Branches:
             positions = partial(self._positions, block)
             inputs = [
                 lanes(name)[block]
-                if carried(name)
+                if self.writer._carried(name)
                 else self.writer._operand(name, tag, partial(positions, name), (-1,))
                 for name in node.input
             ]
-            for name, value in self.writer._copy(node, inputs, tag, positions).items():
+            for name, value in self.writer._copy(node, inputs, tag, positions, into).items():
                 made[name].append(value)
         return made
 
@@ -558,17 +551,15 @@ class Batched:
         bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp.blocks", rows_of_bias)
         return make.one("Add", f"{name}/Add", [value, bias])
 
-    def link(
-        self, node: onnx.NodeProto, lanes: Callable[[str], Value], carried: Callable[[str], bool]
-    ) -> dict[str, Value]:
+    def link(self, node: onnx.NodeProto, lanes: Callable[[str], Value], into: str | None) -> dict[str, Value]:
         shape = (self.segment.blocks, 1, -1)
         inputs = [
             lanes(name)
-            if carried(name)
+            if self.writer._carried(name)
             else self.writer._operand(name, "blocks", partial(self._positions, name), shape)
             for name in node.input
         ]
-        return self.writer._copy(node, inputs, "blocks", self._positions)
+        return self.writer._copy(node, inputs, "blocks", self._positions, into)
 
     def _positions(self, name: str) -> NDArray[Any]:
         return np.concatenate(self.writer.layout.blocks(name, self.segment))
