@@ -6,6 +6,7 @@ Reading the trained ones takes numpy only; `python -m models.train` makes them a
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,19 @@ from numpy.typing import NDArray
 
 ROOT = Path(__file__).parent
 NAMES = ("towers/vanished", "towers/shrunk", "towers/untouched", "towers/dense", "digits", "ranker")
+"""The models that the demo shows and that are measured throughout."""
+FURTHER = (
+    "towers/dense-1",
+    "towers/dense-2",
+    "towers/deep-0",
+    "towers/deep-1",
+    "towers/deep-2",
+    "shared",
+    "coupled",
+    "frozen",
+    "charlm",
+)
+"""More seeds, more layers, controls, and a transformer."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +37,7 @@ class TrainedModel:
 
     name: str
     model: Path
-    """The ONNX file: one float32 input, one output of logits, the first axis free."""
+    """The ONNX file: one input, one output of logits, the first axis free."""
     init: Path
     """Initial weights by stored name, in the stored layout."""
     calib: Path
@@ -37,7 +51,7 @@ class TrainedModel:
 
 
 def load(name: str) -> TrainedModel:
-    """One of `NAMES`. Variants of a model share data and initial weights, which lie in the folder above."""
+    """One of `NAMES` or `FURTHER`. What variants of a model share lies in the folder above."""
     folder = ROOT / name
     meta = json.loads((folder / "meta.json").read_text())
 
@@ -60,6 +74,30 @@ def accuracy(logits: NDArray[Any], target: NDArray[np.integer[Any]]) -> float:
     return float((logits.reshape(*target.shape, -1).argmax(-1) == target).mean())
 
 
+def loss(logits: NDArray[Any], target: NDArray[np.integer[Any]]) -> float:
+    """Mean cross-entropy in nats; logits [..., classes] for target [...]."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    right = np.take_along_axis(wide, target[..., None], axis=-1)[..., 0]
+    return float((np.log(np.exp(wide).sum(axis=-1)) - right).mean())
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measure of logits against their targets, and whether more of it is better."""
+
+    measure: Callable[[NDArray[Any], NDArray[np.integer[Any]]], float]
+    more_is_better: bool
+
+
+METRICS = {"accuracy": Metric(accuracy, True), "loss": Metric(loss, False)}
+
+
 def metric(trained: TrainedModel, logits: NDArray[Any], target: NDArray[np.integer[Any]]) -> float:
-    """The model's task metric, higher is better, of its output on the report inputs."""
-    return {"accuracy": accuracy}[trained.meta["metric"]](logits, target)
+    """The model's task metric of its output on the report inputs; `worsening` knows which way is better."""
+    return METRICS[trained.meta["metric"]].measure(logits, target)
+
+
+def worsening(trained: TrainedModel, before: float, after: float) -> float:
+    """By how much the task metric got worse, in its own unit; negative where it got better."""
+    return before - after if METRICS[trained.meta["metric"]].more_is_better else after - before

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models import ROOT, accuracy
+from models import METRICS, ROOT
 
 torch.set_num_threads(1)
 
@@ -23,7 +23,20 @@ Arrays = dict[str, NDArray[Any]]
 OUTPUT = "logits"
 
 
-class Mlp(nn.Module):
+class Network(nn.Module):
+    """What the loop, the export and meta.json ask of a torch module."""
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The sizes that meta.json names."""
+        raise NotImplementedError
+
+    def arrays(self) -> Arrays:
+        """A copy of every parameter by name."""
+        return {name: parameter.detach().numpy().copy() for name, parameter in self.named_parameters()}
+
+
+class Mlp(Network):
     """Linear layers with ReLU between them, drawn with torch's defaults from a seed of their own."""
 
     def __init__(self, widths: Sequence[int], seed: int) -> None:
@@ -39,9 +52,10 @@ class Mlp(nn.Module):
         logits: Tensor = self.layers[-1](x)
         return logits
 
-    def arrays(self) -> Arrays:
-        """A copy of every parameter by name."""
-        return {name: parameter.detach().numpy().copy() for name, parameter in self.named_parameters()}
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The sizes that meta.json names."""
+        return {"widths": self.widths}
 
 
 def batches(
@@ -56,7 +70,7 @@ def batches(
 
 
 def train(
-    network: Mlp,
+    network: Network,
     optimizer: torch.optim.Optimizer,
     samples: Iterator[tuple[Tensor, Tensor]],
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -84,11 +98,8 @@ def train(
     return shrink
 
 
-def export(network: Mlp, name: str, input_name: str) -> Path:
-    """Write models/<name>/model.onnx: free batch axis, all weights inside, no trace of the machine."""
-    path = ROOT / name / "model.onnx"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    example = torch.zeros(2, network.widths[0])
+def export(network: Network, path: Path, input_name: str, example: Tensor) -> onnx.ModelProto:
+    """Write the network as ONNX: free batch axis, all weights inside, no trace of the machine."""
     torch.onnx.export(
         network.eval(),
         (example,),
@@ -106,7 +117,20 @@ def export(network: Mlp, name: str, input_name: str) -> Path:
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
     onnx.save(model, path)
-    return path
+    return model
+
+
+def stored(model: onnx.ModelProto, network: Network, initial: Arrays) -> Arrays:
+    """The initial values of a network's parameters, by the names and in the layouts of its export.
+
+    Linear layers on more than two axes become MatMul: their weights are transposed and lose their names, so that they
+    are known by their values. What equals no parameter either way round is a constant of the graph.
+    """
+    origin: dict[bytes, NDArray[Any]] = {}
+    for name, array in network.arrays().items():
+        origin |= {array.T.tobytes(): initial[name].T, array.tobytes(): initial[name]}
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor).tobytes() for tensor in model.graph.initializer}
+    return {name: np.ascontiguousarray(origin[key]) for name, key in values.items() if key in origin}
 
 
 def save(name: str, file: str, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -116,21 +140,31 @@ def save(name: str, file: str, arrays: Mapping[str, NDArray[Any]]) -> None:
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 
 
-def finish(network: Mlp, name: str, input_name: str, report: Mapping[str, NDArray[Any]], **meta: Any) -> None:
+def finish(
+    network: Network,
+    name: str,
+    input_name: str,
+    report: Mapping[str, NDArray[Any]],
+    metric: str = "accuracy",
+    **meta: Any,
+) -> onnx.ModelProto:
     """Export, measure through ONNX Runtime on the report data, and write models/<name>/meta.json."""
-    path = export(network, name, input_name)
+    path = ROOT / name / "model.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = export(network, path, input_name, torch.from_numpy(report[input_name][:2]))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (logits,) = session.run([OUTPUT], {input_name: report[input_name]})
-    value = accuracy(logits, report["target"])
+    value = METRICS[metric].measure(logits, report["target"])
     facts = {
         "input": input_name,
         "output": OUTPUT,
-        "widths": network.widths,
-        "metric": "accuracy",
+        **network.shape,
+        "metric": metric,
         "value": value,
         "samples": len(logits),
         "masked": False,
         **meta,
     }
     (path.parent / "meta.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(f"{name}: accuracy {value:.4f} on {len(logits)} samples")
+    print(f"{name}: {metric} {value:.4f} on {len(logits)} samples")
+    return model

@@ -10,9 +10,12 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from models import NAMES, TrainedModel, load, metric
+from models import FURTHER, METRICS, NAMES, ROOT, TrainedModel, load, metric, worsening
 
-MASKED = [name for name in NAMES if load(name).meta["masked"]]
+ALL = NAMES + FURTHER
+MASKED = [name for name in ALL if load(name).meta["masked"]]
+DIGITS = [name for name in ALL if load(name).meta["input"] == "pixels"]
+TASKS = [name for name in ALL if "outputs" in load(name).meta]
 
 
 def trained_weights(trained: TrainedModel) -> dict[str, NDArray[Any]]:
@@ -20,7 +23,11 @@ def trained_weights(trained: TrainedModel) -> dict[str, NDArray[Any]]:
     return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_every_trained_model_has_a_name() -> None:
+    assert {path.parent.relative_to(ROOT).as_posix() for path in ROOT.rglob("model.onnx")} == set(ALL)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_metric_is_the_recorded_one(name: str) -> None:
     trained = load(name)
     session = onnxruntime.InferenceSession(trained.model, providers=["CPUExecutionProvider"])
@@ -30,10 +37,18 @@ def test_metric_is_the_recorded_one(name: str) -> None:
     (logits,) = session.run([trained.meta["output"]], inputs)
     assert len(logits) == trained.meta["samples"]
     assert metric(trained, logits, report["target"]) == pytest.approx(trained.meta["value"], abs=2e-3)
-    assert trained.meta["value"] > 0.9
+    assert (
+        worsening(trained, trained.meta["value"], {"accuracy": 0.9, "loss": 1.7}[trained.meta["metric"]]) > 0
+    )
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_loss_is_the_mean_of_negative_log_probabilities() -> None:
+    logits, target = np.log(np.float32([[[0.5, 0.5], [0.1, 0.9]]])), np.int64([[0, 1]])
+    expected = -(np.log(0.5) + np.log(0.9)) / 2
+    assert METRICS["loss"].measure(logits + 100, target) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_file_is_sound_and_tells_nothing_of_the_machine(name: str) -> None:
     trained = load(name)
     model = onnx.load(trained.model)
@@ -44,21 +59,31 @@ def test_file_is_sound_and_tells_nothing_of_the_machine(name: str) -> None:
         assert start not in trained.model.read_bytes()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_snapshot_has_every_weight_and_data_every_input(name: str) -> None:
     trained = load(name)
-    shapes = {key: array.shape for key, array in trained_weights(trained).items()}
-    snapshot = np.load(trained.init)
-    assert {key: snapshot[key].shape for key in snapshot.files} == shapes
-    with np.load(trained.calib) as calib:
+    weights = trained_weights(trained)
+    with np.load(trained.init) as snapshot:
+        assert {key: snapshot[key].shape for key in snapshot.files} == {
+            key: weights[key].shape for key in snapshot.files
+        }
+        constants = set(weights) - set(snapshot.files)
+    nodes = [
+        node for node in onnx.load(trained.model).graph.node if node.op_type in ("Gemm", "MatMul", "Gather")
+    ]
+    assert not constants & {name for node in nodes for name in node.input}
+    assert not constants or trained.name == "charlm"
+    with np.load(trained.calib) as calib, np.load(trained.report) as report:
         assert calib.files == [trained.meta["input"]]
-        inputs = calib[trained.meta["input"]]
-    assert inputs.dtype == np.float32
-    assert len(inputs) >= 10 * max(trained.meta["widths"][:-1])
-    assert inputs.shape[1] == trained.meta["widths"][0]
+        inputs, held_back = calib[trained.meta["input"]], report[trained.meta["input"]]
+    assert inputs.dtype == held_back.dtype
+    assert inputs.shape[1:] == held_back.shape[1:]
+    rows = inputs.size if inputs.dtype == np.int64 else len(inputs)  # of tokens, each is a row
+    meta = trained.meta
+    assert rows >= 10 * (max(meta["widths"][:-1]) if "widths" in meta else meta["feed_forward"])
 
 
-@pytest.mark.parametrize("name", ["towers/dense", "digits"])
+@pytest.mark.parametrize("name", DIGITS)
 def test_report_holds_no_digit_that_training_saw(name: str) -> None:
     trained = load(name)
     seen, held_back = (
@@ -95,3 +120,66 @@ def test_rows_of_features_that_training_never_saw_are_untouched() -> None:
     frozen = (before == after).all(axis=0)
     assert np.flatnonzero(frozen).tolist() == trained.meta["never_active"]
     assert not np.load(trained.calib)["features"][:, frozen].any()
+
+
+def test_the_frozen_layer_is_untouched_and_the_others_are_not() -> None:
+    trained = load("frozen")
+    weights = trained_weights(trained)
+    with np.load(trained.init) as snapshot:
+        same = {key: bool((snapshot[key] == weights[key]).all()) for key in snapshot.files}
+    assert {key for key, kept in same.items() if kept} == {"layers.0.weight", "layers.0.bias"}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_share_no_output_and_the_inputs_that_the_readme_says(name: str) -> None:
+    trained = load(name)
+    first, last = trained.meta["widths"][0], trained.meta["widths"][-1]
+    assert sorted(column for task in trained.meta["outputs"] for column in task) == list(range(last))
+    inputs = [set(task) for task in trained.meta["inputs"]]
+    assert set.union(*inputs) == set(range(first))
+    assert set.intersection(*inputs) == set(range(192, 256) if name == "shared" else range(first))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_hear_the_digits_that_they_name_and_only_those(name: str) -> None:
+    trained = load(name)
+    session = onnxruntime.InferenceSession(trained.model, providers=["CPUExecutionProvider"])
+    with np.load(trained.report) as report:
+        pixels, target = report["pixels"], report["target"]
+    for digit in range(pixels.shape[1] // 64):
+        columns = np.arange(64 * digit, 64 * digit + 64)
+        shuffled = pixels.copy()
+        shuffled[:, columns] = np.random.default_rng(0).permutation(pixels[:, columns])
+        (logits,) = session.run(["logits"], {"pixels": shuffled})
+        for task, (inputs, outputs) in enumerate(
+            zip(trained.meta["inputs"], trained.meta["outputs"], strict=True)
+        ):
+            right = metric(trained, logits[:, outputs], target[:, task])
+            assert right < 0.4 if columns[0] in inputs else right > 0.9
+
+
+def test_variants_of_one_shape_differ_in_their_weights_only() -> None:
+    for names in (
+        ("towers/dense", "towers/dense-1", "towers/dense-2"),
+        [f"towers/deep-{n}" for n in range(3)],
+    ):
+        several = [load(name) for name in names]
+        assert len({trained.init for trained in several}) == 3
+        assert (
+            len({trained.calib for trained in several}) == len({trained.report for trained in several}) == 1
+        )
+        assert sorted(trained.meta["seed"] for trained in several) == [0, 1, 2]
+        assert len({(*trained.meta["widths"], trained.meta["recipe"]) for trained in several}) == 1
+
+
+def test_no_future_character_changes_a_prediction() -> None:
+    trained = load("charlm")
+    session = onnxruntime.InferenceSession(trained.model, providers=["CPUExecutionProvider"])
+    with np.load(trained.report) as report:
+        tokens, target = report["tokens"][:4], report["target"][:4]
+    assert (tokens[:, 1:] == target[:, :-1]).all()
+    changed = tokens.copy()
+    changed[:, 40:] = (changed[:, 40:] + 1) % trained.meta["vocabulary"]
+    before, after = (session.run(["logits"], {"tokens": each})[0] for each in (tokens, changed))
+    np.testing.assert_allclose(before[:, :40], after[:, :40], atol=1e-4)
+    assert np.abs(before[:, 40:] - after[:, 40:]).max() > 0.1
