@@ -33,6 +33,7 @@ from onnx_decomp.passes.annealing import Annealing
 from onnx_decomp.passes.compensation import BATCH
 from onnx_decomp.passes.criterion import Criterion
 from onnx_decomp.passes.planning import Planning
+from onnx_decomp.passes.slicing import Slicing
 from onnx_decomp.passes.splitting import Splitting, emit
 from onnx_decomp.probe import Probe
 from onnx_decomp.program import Pass, Program, Rewrite
@@ -340,7 +341,7 @@ class Run:
 def finding_passes() -> list[Pass]:
     """What looks for structure, in order; other packages add theirs by the entry point `onnx_decomp.passes`."""
     further = [entry.load()() for entry in metadata.entry_points(group="onnx_decomp.passes")]
-    return [Criterion(), Annealing(), *further]
+    return [Criterion(), Annealing(), Slicing(), *further]
 
 
 def _broken(what: str) -> DecompError:

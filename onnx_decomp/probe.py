@@ -81,11 +81,13 @@ def _drop_unread(graph: onnx.GraphProto, weights: set[str]) -> None:
 class Probe:
     """A session of `probe_model`; `sites` are what can be fed anew, everything else is the original's."""
 
-    def __init__(self, index: GraphIndex, sites: Sequence[Site], folder: Path | None) -> None:
+    def __init__(
+        self, index: GraphIndex, sites: Sequence[Site], folder: Path | None, fetch: Sequence[str] = ()
+    ) -> None:
         self._index = index
         self._sites = tuple(sites)
         self._original: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
-        tensors = [name for site in sites for name in (site.input, site.output)]
+        tensors = [*fetch, *(name for site in sites for name in (site.input, site.output))]
         fed = {value.name for value in index.proto.graph.input}
         self._fetchable = [name for name in dict.fromkeys(tensors) if name not in fed]
         model = probe_model(index, sites, self._fetchable)

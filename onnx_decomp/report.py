@@ -46,6 +46,8 @@ REASONS: Mapping[str, str] = {
     "empty-weight": "the weight has no entries",
     "estimated-null": "the initialization is only guessed from the weights; give --init or --init-preset",
     "excluded": "left out by --include or --exclude",
+    "independent-parts": "moving inputs shows parts that have nothing to do with each other",
+    "influence-everywhere": "every part of the outputs needs every part of the inputs",
     "latency": "it was decomposed, measured, found not faster, and undone",
     "nested-graph": "it lies in the body of an If, Loop or Scan, which is left as it is",
     "no-calibration": "there is no calibration data to compensate and verify on; --calib gives it",
@@ -55,6 +57,7 @@ REASONS: Mapping[str, str] = {
     "not-faster": "the smaller form is predicted to be no faster than the dense one",
     "null-does-not-fit": "the weights don't follow the given initialization, so nothing is decided from it",
     "off-block-evidence": "training left significant weights between the blocks",
+    "off-block-influence": "inputs that would be left out move the outputs by too much",
     "permutation-cost": "bringing inputs and outputs into block order would cost more than it saves",
     "replay": "the replayed report did not keep it",
     "rounding": "the written form differs from the dense one by more than rounding explains",
@@ -110,6 +113,8 @@ def build(program: Program, written: onnx.ModelProto | None, measured: Measured)
         "sites": _sites(program),
         "verify": _verification(measured.verification),
         "rewrite": {"max_rel_l2": measured.rewrite_change},
+        "independent-parts": "moving inputs shows parts that have nothing to do with each other",
+        "influence-everywhere": "every part of the outputs needs every part of the inputs",
         "latency": dataclasses.asdict(measured.latency) if measured.latency else "not measured",
     }
     plain: Report = _plain(report)

@@ -62,12 +62,16 @@ class Moments:
         )
 
 
-def accumulate(pairs: Iterable[tuple[NDArray[np.floating], NDArray[np.floating]]]) -> Moments:
+def accumulate(
+    pairs: Iterable[tuple[NDArray[np.floating], NDArray[np.floating]]], blocks: Labels | None = None
+) -> Moments:
     """One streaming pass over batches of x [T, K] and y [T, N]; memory is bounded by a batch and K x (K + N).
 
     Sums are taken around the first batch's mean, so that a large mean costs no precision.
+    blocks: [K], where products of x across blocks are not needed; they are left out of `xx`.
     """
     rows = 0
+    parts = [] if blocks is None else [np.flatnonzero(blocks == b) for b in np.unique(blocks)]
     for x, y in pairs:
         x64 = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
         y64 = np.asarray(y, np.float64).reshape(-1, y.shape[-1])
@@ -82,7 +86,10 @@ def accumulate(pairs: Iterable[tuple[NDArray[np.floating], NDArray[np.floating]]
         rows += len(x64)
         sum_x += x64.sum(0)
         sum_y += y64.sum(0)
-        xx += x64.T @ x64
+        if blocks is None:
+            xx += x64.T @ x64
+        for part in parts:
+            xx[np.ix_(part, part)] += x64[:, part].T @ x64[:, part]
         xy += x64.T @ y64
         yy += np.einsum("tn,tn->n", y64, y64)
     if rows == 0:
@@ -192,10 +199,12 @@ class Calibrator:
     unchanged: dict[tuple[Part, int], Moments] = field(default_factory=dict)
     """Moments of the original, which every candidate for a region starts from; forgotten with the region."""
 
-    def moments(self, part: Part, site: Site, affine: Mapping[int, Affine]) -> Moments:
-        """Moments of x as the model with `affine` feeds it, and y as the original makes it."""
+    def moments(
+        self, part: Part, site: Site, affine: Mapping[int, Affine], blocks: Labels | None = None
+    ) -> Moments:
+        """Moments of x as the model with `affine` feeds it, and y as the original makes it; see `accumulate`."""
         if affine:
-            return accumulate(self._pairs(part, site, affine))
+            return accumulate(self._pairs(part, site, affine), blocks)
         if (part, site.index) not in self.unchanged:
             self.unchanged[part, site.index] = accumulate(self._pairs(part, site, affine))
         return self.unchanged[part, site.index]
@@ -238,6 +247,10 @@ def refit_run(
     """
     placed = dict(upstream)
     labels = partition(region, segments)
+    if copies_of(segments):  # the graph runs whole, so later sites have to fit what earlier ones make
+        for position, (site, (rows, columns)) in enumerate(zip(region.sites, labels, strict=True)):
+            view = View.of(region, segments, position)
+            placed[site.index] = view.fed(masked(view.affine(old[position]), rows, columns))
     fitted: dict[int, Affine] = {}
     errors: dict[int, tuple[float, float]] = {}
     for position, site in enumerate(region.sites):
@@ -246,8 +259,9 @@ def refit_run(
         uses = [at for at, other in enumerate(region.sites) if other.weight == site.weight]
         rows, columns = labels[position]
         view = View.of(region, segments, position)
+        inside = rows if view.rows is not None and not view.outside else None
         parts: list[list[Moments]] = [
-            [view.moments(calibrator.moments(part, region.sites[at], placed)) for at in uses]
+            [view.moments(calibrator.moments(part, region.sites[at], placed, inside)) for at in uses]
             for part in ("fit", "select")
         ]
         fit, select = (pooled(moments) for moments in parts)

@@ -66,7 +66,7 @@ def compose(
 ) -> tuple[Segment, ...]:
     """Segments that cover a region: its structures, and one dense segment of the other sites, reduced to `keep`.
 
-    A unit dropped by one segment is dropped by all that share its axis; only elastic groups can lose any.
+    A unit dropped by one segment is dropped by all that share its axis; only elastic groups can lose any, and inputs.
     """
     segments = [Segment(s.sites, s.labels, s.blocks, copies=s.copies) for s in structures]
     covered = {site for segment in segments for site in segment.sites}
@@ -89,7 +89,7 @@ def _dropped(region: Region, segments: Sequence[Segment], keep: Keep) -> dict[in
                 gone[group] = gone[group] | lost if group in gone else lost
         if group in keep:
             gone[group] = gone[group] | ~keep[group]
-    return gone
+    return {group: ~stays for group, stays in keep.items() if group not in gone} | gone
 
 
 def _settled(region: Region, segment: Segment, gone: Mapping[int, NDArray[np.bool_]]) -> Segment:
@@ -300,5 +300,6 @@ class Layout:
             for tensor in tensors:
                 for segment in self.segments:
                     touched = {self.region.ends[site][side] for site in segment.sites}
-                    if segment.blocks > 1 and self.region.group_of[tensor] in touched:
+                    group = self.region.group_of[tensor]
+                    if group in touched and (segment.blocks > 1 or (segment.labels[group] == DROPPED).any()):
                         yield tensor, cross(self.stored(tensor), self.blocks(tensor, segment))

@@ -19,7 +19,15 @@ from onnx_decomp.axes import Region
 from onnx_decomp.calibration import Part
 from onnx_decomp.cost import CostModel, cpu, cuda
 from onnx_decomp.metrics import compare_outputs
-from onnx_decomp.passes.compensation import BATCH, Calibrator, Moments, Refitted, masked, refit_run
+from onnx_decomp.passes.compensation import (
+    BATCH,
+    Calibrator,
+    Moments,
+    Refitted,
+    View,
+    masked,
+    refit_run,
+)
 from onnx_decomp.passes.folding import (
     Indices,
     Keep,
@@ -118,6 +126,20 @@ def reduce_to(
         stays[labels == DROPPED] = False
         keep[group] = stays
     return keep
+
+
+def unread_inputs(region: Region) -> list[int]:
+    """Groups that only sites of the region read: its tensor as it enters, nothing else of it is needed here."""
+    written = {group for _, group in region.ends}
+    found = []
+    for entry in region.entries:
+        group = region.group_of[entry]
+        reading = [site for site in region.sites if site.input == entry]
+        plain = len(region.carriers[entry].units) == region.groups[group].size
+        readers = sum(read == group for read, _ in region.ends)
+        if plain and group not in written and len(reading) == readers:
+            found.append(group)
+    return found
 
 
 def group_labels(region: Region, structures: Sequence[Structure], group: int) -> Labels:
@@ -266,7 +288,7 @@ class Planner:
         if self.reduce and region.elastic:
             # Where the structure alone changes too much, dropping units on top only adds to that.
             start = structures if structures and tried[0].reason != "tolerance" else ()
-            tried.append(self._fewest_units(region, start, self._unit_paths(region, start), budget))
+            tried.append(self._reduced(region, start, budget))
         sliced = self.program.slices.get(region.name)
         if sliced is not None:
             tried.append(self._sliced(region, sliced, budget))
@@ -290,16 +312,32 @@ class Planner:
         return Verdict(judged, numbers=numbers)
 
     def _sliced(self, region: Region, sliced: Structure, budget: float) -> Verdict:
-        """One branch for each independent part, with copies of the units that several need, then fewer units in each."""
+        """A branch for each independent part, with copies of the units that several need, then fewer units in each."""
         whole = self._judge(region, self._candidate(region, [sliced]))
         numbers = {"sliced": whole.change}
         if whole.change > budget:
             return Verdict(None, "tolerance", numbers | {"change": whole.change})
-        paths = self._unit_paths(region, [sliced], whole.refitted)
-        verdict = self._fewest_units(region, [sliced], paths, budget)
+        verdict = self._reduced(region, [sliced], budget, whole.refitted)
         if verdict.judged is None and whole.candidate.gain >= WORTHWHILE:
             verdict = Verdict(whole, numbers={"change": whole.change, "gain": whole.candidate.gain})
         return replace(verdict, numbers=verdict.numbers | numbers)
+
+    def _reduced(
+        self,
+        region: Region,
+        structures: Sequence[Structure],
+        budget: float,
+        refitted: Refitted | None = None,
+    ) -> Verdict:
+        """Fewer hidden units; fewer inputs as well if that gains more, though what is read has to be gathered then."""
+        paths = self._unit_paths(region, structures, refitted)
+        hidden = {group: path for group, path in paths.items() if group in region.elastic}
+        best = self._fewest_units(region, structures, hidden, budget)
+        if len(hidden) == len(paths):
+            return best
+        least = max(best.numbers.get("gain", 0.0), WORTHWHILE) * WORTHWHILE
+        further = self._fewest_units(region, structures, paths, budget, least)
+        return further if further.judged is not None else best
 
     def _redraw(self, region: Region, candidate: Candidate) -> dict[str, float]:
         """Change of the outputs when what the structure leaves out is drawn anew from its null.
@@ -319,23 +357,33 @@ class Planner:
         return {"redraw": self._change(placed)}
 
     def _unit_paths(
-        self, region: Region, structures: Sequence[Structure], refitted: Refitted | None = None
+        self,
+        region: Region,
+        structures: Sequence[Structure],
+        refitted: Refitted | None = None,
     ) -> dict[int, UnitPath]:
-        """For each elastic group the order in which its units can go, given what its one reader still reads.
+        """For each group that can lose units the order in which they can go, given what its readers still read.
 
-        refitted: the slices, whose units are copies; their moments are those of the sliced network.
+        Hidden units, and inputs that the region need not read. refitted: the slices, whose units are copies; their
+        moments are those of the sliced network.
         """
         placed = {} if refitted is None else self.upstream | _placed(region, refitted)
-        spans = partition(region, compose(region, structures))
+        segments = compose(region, structures)
+        spans = partition(region, segments)
         paths: dict[int, UnitPath] = {}
-        for at, (site, (group, _)) in enumerate(zip(region.sites, region.ends, strict=True)):
-            if group not in region.elastic or len(region.groups[group].readers) > 1:
+        for group in [*sorted(region.elastic), *unread_inputs(region)]:
+            readers = [at for at, (read, _) in enumerate(region.ends) if read == group]
+            if len({region.sites[at].input for at in readers}) != 1:
                 continue
-            rows, columns = spans[at]
+            first, rows = readers[0], spans[readers[0]][0]
+            view = View.of(region, segments, first)
             together = (rows[:, None] == rows[None, :]) & (rows != DROPPED)[:, None]
-            affine = self.program.affine(site) if refitted is None else refitted.affine[at]
-            weight = masked(affine, rows, columns).weight
-            paths[group] = unit_path(self._calibrator.moments("fit", site, placed).xx * together, weight)
+            weights = []
+            for at in readers:
+                own = View.of(region, segments, at).affine(self.program.affine(region.sites[at]))
+                weights.append(masked(own if refitted is None else refitted.affine[at], *spans[at]).weight)
+            moments = view.moments(self._calibrator.moments("fit", region.sites[first], placed))
+            paths[group] = unit_path(moments.xx * together, np.hstack(weights))
         return paths
 
     def _fewest_units(
@@ -344,12 +392,13 @@ class Planner:
         structures: Sequence[Structure],
         paths: Mapping[int, UnitPath],
         budget: float,
+        least: float = WORTHWHILE,
     ) -> Verdict:
         """Bisection over THRESHOLDS for the largest reduction whose measured change fits the budget."""
         best = Verdict(None, "no-redundancy")
         ways = (reduce_to(region, structures, paths, threshold) for threshold in THRESHOLDS)
         by_gain = {found.gain: found for found in (self._candidate(region, structures, way) for way in ways)}
-        candidates = [by_gain[gain] for gain in sorted(by_gain, reverse=True) if gain >= WORTHWHILE]
+        candidates = [by_gain[gain] for gain in sorted(by_gain, reverse=True) if gain >= least]
         low, high = 0, len(candidates) - 1
         while low <= high:
             middle = (low + high) // 2

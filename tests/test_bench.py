@@ -11,8 +11,9 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from models import bench, bench_compile, bench_decision, bench_forms, bench_planted
+from models import bench, bench_compile, bench_decision, bench_forms, bench_networks, bench_planted
 from models.bench_common import machine, markdown, table
+from models.networks import EVERY, Network
 from models.planted import INPUT, Planted, build
 
 
@@ -39,6 +40,44 @@ def test_a_small_planted_run_goes_through_the_compiler() -> None:
     assert [row.threads for row in rows] == [1, None]
     assert all(row.flops == pytest.approx(2.0) for row in rows)
     assert {row.form for row in rows} <= {"chain", "batched"}
+
+
+def test_a_small_network_goes_through_the_compiler() -> None:
+    spec = Network("towers", width=128, hidden=512, blocks=2, layers=2, outputs=128, rank=2)
+    rows = list(bench_networks.measure_one("two towers", spec, [64], 0.01))
+    assert [row.threads for row in rows] == [1, None]
+    assert all((row.right, row.sites, row.gathers) == (2, 2, 0) for row in rows)
+    assert all(row.flops == pytest.approx(2.0) for row in rows)
+    assert all(1.0 < row.ideal <= 2.0 for row in rows)
+    (made,) = bench_networks.tables(rows)
+    assert markdown(made).count("| two towers | 2 of 2 | 0 | 2.00x | 64 |") == 1
+
+
+def test_the_ideal_of_a_network_shrinks_products_of_stored_weights_alone() -> None:
+    spent = {
+        ("fused up/MatMul/MatMulAddFusion", "FusedGemm"): 40.0,
+        ("down/MatMul", "MatMul"): 40.0,
+        ("head/MatMul", "MatMul"): 8.0,
+        ("scores/MatMul", "MatMul"): 6.0,
+        ("down/MatMul/bias", "Add"): 6.0,
+    }
+    kept = {"up/MatMul": 0.25, "down/MatMul": 0.25, "head/MatMul": 1.0}
+    assert bench_networks.ideal_speedup(spent, kept) == pytest.approx(100 / (20 + 8 + 6 + 6))
+    with pytest.raises(ValueError, match="gate/MatMul"):
+        bench_networks.ideal_speedup(spent, kept | {"gate/MatMul": 0.25})
+
+
+def test_a_site_is_right_with_exactly_the_planted_blocks() -> None:
+    def site(*blocks: list[int], decision: str = "split") -> dict[str, object]:
+        found = {"blocks": [{"rows": block, "cols": block} for block in blocks]}
+        return {"decision": decision, "structure": found}
+
+    labels, every = np.array([0, 1, 0, 1], np.int32), np.full(4, EVERY, np.int32)
+    assert bench_networks.is_right(site([1, 3], [0, 2]), labels, labels)
+    assert not bench_networks.is_right(site([0, 1], [2, 3]), labels, labels)
+    assert not bench_networks.is_right(site([1, 3], [0, 2], decision="dense"), labels, labels)
+    assert not bench_networks.is_right(site([1, 3], [0, 2]), labels, every)
+    assert bench_networks.is_right({"decision": "dense", "structure": None}, labels, every)
 
 
 def test_forms_are_measured_and_chosen_from() -> None:

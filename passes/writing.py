@@ -1,0 +1,490 @@
+"""What replaces a region, node by node: tensors joined as the outside sees them, or in lanes, one for each block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnx_decomp.passes.folding import Crossing, Layout, entering, leaving, members
+from onnx_decomp.passes.fragments import Fragment, Value
+from onnx_decomp.program import Rewrite, Segment
+from onnx_decomp.runtime import Device
+from onnx_decomp.sites import GraphIndex
+
+
+@dataclass
+class Writer:
+    """Writes one rewrite into a fragment, node by node of its region.
+
+    A tensor is held *joined*, as the outside sees it, or in *lanes*: one piece for each block of a segment. Either is
+    made from the other when it is first asked for.
+    """
+
+    index: GraphIndex
+    rewrite: Rewrite
+    fragment: Fragment
+    layout: Layout
+    target: Device
+    joined: dict[str, Value] = field(default_factory=dict)
+    lanes: dict[tuple[int, str], Any] = field(default_factory=dict)
+
+    @property
+    def flattened(self) -> bool:
+        """Everything is computed on matrices, and the border reshaped: every branch is then a plain Gemm."""
+        return self.rewrite.region.flat and self.rewrite.region.sites[0].rank != 2
+
+    def write(self) -> dict[int, tuple[int, int]]:
+        """For each position of the model that is replaced, which nodes of the fragment stand there."""
+        region, make = self.rewrite.region, self.fragment
+        ends = {site.nodes[-1]: at for at, site in enumerate(region.sites)}
+        segment_of = self._segments_of_links()
+        spans: dict[int, tuple[int, int]] = {}
+        for position in region.nodes:
+            first = len(make.nodes)
+            if position in ends:
+                self._site(ends[position])
+            elif position in segment_of:
+                self._link(position, segment_of[position])
+            for name in self.index.node(position).output:
+                if name in region.exits and (position in ends or position in segment_of):
+                    self._export(name)
+            spans[position] = (first, len(make.nodes))
+        return spans
+
+    def _segments_of_links(self) -> dict[int, int | None]:
+        """The segment in whose lanes each link runs; None for links between segments, which run joined.
+
+        A link runs in lanes if something behind it does, or if it joins what would else be concatenated twice.
+        """
+        region, segments = self.rewrite.region, self.rewrite.segments
+        of_site = {at: number for number, segment in enumerate(segments) for at in segment.sites}
+        behind: dict[str, set[int]] = {}
+        for at, site in enumerate(region.sites):
+            behind.setdefault(site.input, set()).add(of_site[at])
+        for position in reversed(region.links):
+            node = self.index.node(position)
+            after = set[int]().union(*(behind.get(name, set()) for name in node.output))
+            for name in node.input:
+                behind.setdefault(name, set()).update(after)
+        made_by = {site.output: of_site[at] for at, site in enumerate(region.sites)}
+        chosen: dict[int, int | None] = {}
+        for position in region.links:
+            node = self.index.node(position)
+            before = [made_by[name] for name in node.input if name in made_by]
+            after = set[int]().union(*(behind.get(name, set()) for name in node.output))
+            found = {number for number in before if number in after or before.count(number) > 1}
+            number = chosen[position] = found.pop() if len(found) == 1 else None
+            if number is not None:
+                made_by |= dict.fromkeys(node.output, number)
+        return chosen
+
+    # Sites and links
+
+    def _site(self, at: int) -> None:
+        site = self.rewrite.region.sites[at]
+        number = next(n for n, segment in enumerate(self.rewrite.segments) if at in segment.sites)
+        lane = self._lane(number)
+        into = site.output if self._lands(site.output, number) else None
+        value = lane.site(self._in_lanes(site.input, number), at, into)
+        self.lanes[number, site.output] = value
+        if into is not None:
+            self.joined[site.output] = value[0]
+
+    def _lands(self, tensor: str, number: int) -> bool:
+        """A single lane of a matrix is what the outside reads, under the name that it knows."""
+        whole = self.rewrite.segments[number].blocks == 1 and self._exported(tensor)
+        return whole and self._crossing(tensor, number, leaving).index is None
+
+    def _link(self, position: int, number: int | None) -> None:
+        node = self.index.node(position)
+        if number is not None:
+            into = node.output[0] if self._lands(node.output[0], number) else None
+            made = self._lane(number).link(node, lambda name: self._in_lanes(name, number), into)
+            self.lanes |= {(number, name): value for name, value in made.items()}
+            if into is not None:
+                self.joined[into] = made[into][0]
+            return
+        inputs = []
+        for name in node.input:
+            if self._carried(name):
+                inputs.append(self._joined(name))
+            else:
+                inputs.append(self._operand(name, None, partial(self.layout.stored, name), (-1,)))
+        tag = "joined" if len(node.output) > 1 else f"axis_{self._axis(node.output[0])}"
+        into = node.output[0] if self._exported(node.output[0]) else None
+        self.joined |= self._copy(node, inputs, tag, self.layout.stored, into)
+
+    def _exported(self, tensor: str) -> bool:
+        """The outside reads this tensor as it is computed here."""
+        return tensor in self.rewrite.region.exits and not self.flattened
+
+    def _axis(self, tensor: str) -> int:
+        return self.rewrite.region.order.index(self.rewrite.region.group_of[tensor])
+
+    def _carried(self, name: str) -> bool:
+        """A tensor that is computed at run time and carries units."""
+        region = self.rewrite.region
+        return name in region.group_of and name not in region.constants
+
+    def _copy(
+        self,
+        node: onnx.NodeProto,
+        inputs: Sequence[Value],
+        tag: str,
+        positions: Callable[[str], NDArray[Any]],
+        into: str | None = None,
+    ) -> dict[str, Value]:
+        """An operator once more, over fewer units: shapes and sizes that it is told change with them."""
+        stem = f"{node.name or node.op_type}/decomp/{tag}"
+        attributes = {item.name: _attribute(item) for item in node.attribute}
+        outputs = [name for name in node.output if name]
+        if node.op_type == "Reshape":
+            inputs = [inputs[0], self._new_shape(node, stem, positions)]
+        if node.op_type == "Split":
+            inputs, attributes = self._new_sizes(node, stem, positions, inputs, attributes)
+        made = self.fragment.apply(
+            node.op_type,
+            stem,
+            inputs,
+            outputs=len(outputs),
+            into=into if len(outputs) == 1 else None,
+            domain=node.domain or None,
+            **attributes,
+        )
+        return dict(zip(outputs, made, strict=True))
+
+    def _new_shape(self, node: onnx.NodeProto, stem: str, positions: Callable[[str], NDArray[Any]]) -> Value:
+        found = self.index.constant(node.input[1])
+        assert found is not None
+        shape = found.copy()
+        axis = self.rewrite.region.carriers[node.output[0]].axis
+        if shape[axis] > 0:
+            shape[axis] = len(positions(node.output[0]))
+        return self.fragment.integers(f"{stem}/shape", shape)
+
+    def _new_sizes(
+        self,
+        node: onnx.NodeProto,
+        stem: str,
+        positions: Callable[[str], NDArray[Any]],
+        inputs: Sequence[Value],
+        attributes: dict[str, Any],
+    ) -> tuple[list[Value], dict[str, Any]]:
+        rank = self.index.rank(node.input[0]) or 0
+        carrier = self.rewrite.region.carriers[node.input[0]].axis
+        if (attributes.get("axis", 0) - rank) % max(rank, 1) != carrier % max(rank, 1):
+            return list(inputs), attributes
+        sizes = [len(positions(name)) for name in node.output]
+        if self.fragment.opset < 13:
+            return [inputs[0]], attributes | {"split": sizes}
+        attributes.pop("num_outputs", None)
+        return [inputs[0], self.fragment.integers(f"{stem}/sizes", sizes)], attributes
+
+    def _operand(
+        self, name: str, tag: str | None, positions: Callable[[], NDArray[Any]], shape: tuple[int, ...]
+    ) -> Value:
+        """A constant with one value for each unit, sliced; anything else as it stands."""
+        if not name:
+            return gs.Variable.empty()
+        region = self.rewrite.region
+        if name not in region.constants:
+            return self.fragment.read(name)
+        constant = self.index.constant(name)
+        assert constant is not None
+        axis = region.carriers[name].axis
+        sliced = np.take(constant, positions(), axis=axis)
+        if region.flat:
+            sliced = sliced.reshape(shape)
+        label = f"{name}.decomp.{tag or f'axis_{self._axis(name)}'}"
+        return gs.Constant(self.fragment.unique(label), np.ascontiguousarray(sliced))
+
+    # Joined tensors and lanes
+
+    def _lane(self, number: int) -> Branches | Batched:
+        segment = self.rewrite.segments[number]
+        kind = Batched if segment.form == "batched" else Branches
+        return kind(self, segment, number)
+
+    def _crossing(
+        self, tensor: str, number: int, way: Callable[[NDArray[Any], Sequence[NDArray[Any]]], Crossing]
+    ) -> Crossing:
+        segment = self.rewrite.segments[number]
+        return way(self.layout.stored(tensor), self.layout.blocks(tensor, segment))
+
+    def _in_lanes(self, tensor: str, number: int) -> Any:
+        if (number, tensor) not in self.lanes:
+            lane = self._lane(number)
+            crossing = self._crossing(tensor, number, entering)
+            value = self._gathered(
+                self._joined(tensor), crossing, tensor, f"{self._stem(number, 0)}/in", None
+            )
+            self.lanes[number, tensor] = lane.enter(value, crossing, self._axis_of(tensor))
+        return self.lanes[number, tensor]
+
+    def _joined(self, tensor: str, into: str | None = None) -> Value:
+        if tensor not in self.joined:
+            number = next((n for n, name in self.lanes if name == tensor), None)
+            if number is None:
+                outer = self.fragment.read(tensor)
+                self.joined[tensor] = self._flatten(outer, tensor) if self.flattened else outer
+            else:
+                crossing = self._crossing(tensor, number, leaving)
+                whole = into if crossing.index is None else None
+                lane, axis = self._lane(number), self._axis_of(tensor)
+                value = lane.leave(self.lanes[number, tensor], crossing, axis, tensor, whole)
+                self.joined[tensor] = self._gathered(
+                    value, crossing, tensor, f"{self._stem(number, 0)}/out", into
+                )
+        return self.joined[tensor]
+
+    def cells(self, at: int, segment: Segment, block: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Rows and columns of one block at a site, in the order in which its tensors hold them."""
+        region = self.rewrite.region
+        found = []
+        for group, units in zip(region.ends[at], region.units[at], strict=True):
+            labels = segment.labels[group]
+            if group in segment.copies:
+                order = self.layout.orders[group] if group in region.elastic else np.arange(len(labels))
+                found.append(order[labels[order] == block])
+            else:
+                found.append(members(units, self.layout.orders[group], labels, block))
+        return found[0], found[1]
+
+    def _axis_of(self, tensor: str) -> int:
+        return self.rewrite.region.carriers[tensor].axis
+
+    def _stem(self, number: int, end: int) -> str:
+        """What names of the first (0) or last (-1) site of a segment start with."""
+        return f"{self.rewrite.region.sites[self.rewrite.segments[number].sites[end]].name}/decomp"
+
+    # Borders
+
+    def _export(self, tensor: str) -> None:
+        """Make the joined tensor under the name that the outside reads."""
+        stem = f"{self.rewrite.region.sites[0].name}/decomp"
+        value = self._joined(tensor, None if self.flattened else tensor)
+        if self.flattened:
+            self._unflatten(value, tensor, stem)
+        elif value.name != tensor:
+            self.fragment.one("Identity", f"{stem}/Identity", [value], into=tensor)
+
+    def _flatten(self, value: Value, tensor: str) -> Value:
+        """To 2-D, once: every branch is then a plain Gemm."""
+        region = self.rewrite.region
+        stem = f"{region.sites[0].name}/decomp"
+        shape = self.fragment.integers(f"{stem}/rows", [-1, len(region.carriers[tensor].units)])
+        return self.fragment.one("Reshape", f"{stem}/Flatten", [value, shape])
+
+    def _unflatten(self, value: Value, tensor: str, prefix: str) -> None:
+        """Back to the leading dimensions of the region's input."""
+        region, make = self.rewrite.region, self.fragment
+        width = len(region.carriers[tensor].units)
+        known = self.index.shapes.get(region.entries[0])
+        if known is not None and sum(dim is None for dim in known[:-1]) <= 1:
+            lead = [-1 if dim is None else dim for dim in known[:-1]]
+            shape: Value = make.integers(f"{prefix}/shape", [*lead, width])
+        else:
+            full = make.one("Shape", f"{prefix}/Shape", [make.read(region.entries[0])])
+            bounds = [make.integers(f"{prefix}/{what}", [at]) for what, at in (("from", 0), ("to", -1))]
+            lead_shape = make.one("Slice", f"{prefix}/Leading", [full, *bounds])
+            size = make.integers(f"{prefix}/width", [width])
+            shape = make.one("Concat", f"{prefix}/NewShape", [lead_shape, size], axis=0)
+        make.one("Reshape", f"{prefix}/Unflatten", [value, shape], into=tensor)
+
+    def _gathered(
+        self, value: Value, crossing: Crossing, tensor: str, prefix: str, into: str | None
+    ) -> Value:
+        """One Gather, of runs of columns where the order moves such: far cheaper than single columns.
+
+        Single columns go as rows of the transposed matrix on a CPU, where a Gather of columns copies one element at a
+        time: measured 2 to 3 times cheaper (docs/benchmarks.md). On a GPU either is about one copy.
+        """
+        make, order, run = self.fragment, crossing.index, crossing.run
+        if order is None:
+            return value
+        matrix = self.flattened or self.index.rank(tensor) == 2
+        if run == 1 or not matrix:
+            chosen = make.integers(f"{prefix}/columns", order)
+            if self.target == "cuda" or not matrix:
+                axis = 1 if matrix else self._axis_of(tensor)
+                return make.one("Gather", f"{prefix}/Gather", [value, chosen], axis=axis, into=into)
+            value = make.one("Transpose", f"{prefix}/Columns", [value], perm=[1, 0])
+            value = make.one("Gather", f"{prefix}/Gather", [value, chosen], axis=0)
+            return make.one("Transpose", f"{prefix}/Back", [value], perm=[1, 0], into=into)
+        width = len(self.layout.stored(tensor)) if prefix.endswith("/in") else len(order)
+        runs = make.integers(f"{prefix}/runs", order[::run] // run)
+        apart = make.integers(f"{prefix}/apart", [-1, width // run, run])
+        joined = make.integers(f"{prefix}/joined", [-1, len(order)])
+        value = make.one("Reshape", f"{prefix}/Apart", [value, apart])
+        value = make.one("Gather", f"{prefix}/Gather", [value, runs], axis=1)
+        return make.one("Reshape", f"{prefix}/Joined", [value, joined], into=into)
+
+
+@dataclass(frozen=True)
+class Branches:
+    """One value for each block: Split, a Gemm or an operator for each, Concat."""
+
+    writer: Writer
+    segment: Segment
+    number: int
+
+    def enter(self, value: Value, crossing: Crossing, axis: int) -> list[Value]:
+        if self.segment.blocks == 1:
+            return [value]
+        make, name = self.writer.fragment, f"{self.writer._stem(self.number, 0)}/Split"
+        axis = 1 if self._matrix else axis
+        if make.opset >= 13:
+            parts = make.integers(f"{name}/sizes", crossing.sizes)
+            made = make.apply("Split", name, [value, parts], outputs=len(crossing.sizes), axis=axis)
+        else:
+            made = make.apply(
+                "Split", name, [value], outputs=len(crossing.sizes), axis=axis, split=list(crossing.sizes)
+            )
+        return [made[crossing.sequence.index(block)] for block in range(self.segment.blocks)]
+
+    def leave(
+        self, values: Sequence[Value], crossing: Crossing, axis: int, _tensor: str, into: str | None
+    ) -> Value:
+        if self.segment.blocks == 1:
+            return values[0]
+        name = f"{self.writer._stem(self.number, -1)}/Concat"
+        ordered = [values[block] for block in crossing.sequence]
+        axis = 1 if self._matrix else axis
+        return self.writer.fragment.one("Concat", name, ordered, axis=axis, into=into)
+
+    @property
+    def _matrix(self) -> bool:
+        region = self.writer.rewrite.region
+        return region.flat and (self.writer.flattened or region.sites[0].rank == 2)
+
+    def site(self, values: Sequence[Value], at: int, into: str | None) -> list[Value]:
+        return [self._gemm(value, at, block, into) for block, value in enumerate(values)]
+
+    def _gemm(self, value: Value, at: int, block: int, into: str | None) -> Value:
+        make, writer = self.writer.fragment, self.writer
+        site, affine = writer.rewrite.region.sites[at], writer.rewrite.affine[at]
+        rows, columns = writer.cells(at, self.segment, block)
+        tag = f"block_{block:02d}"
+        weight = make.weight(f"{site.weight}.decomp.{tag}", affine.weight[np.ix_(rows, columns)])
+        stem = f"{site.name}/decomp/{tag}"
+        if affine.bias is None:
+            return make.one("MatMul", f"{stem}/MatMul", [value, weight], into=into)
+        bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp.{tag}", affine.bias[columns])
+        if self._matrix or site.rank == 2:
+            return make.one("Gemm", f"{stem}/Gemm", [value, weight, bias], into=into)
+        value = make.one("MatMul", f"{stem}/MatMul", [value, weight])
+        return make.one("Add", f"{stem}/Add", [value, bias], into=into)
+
+    def link(
+        self, node: onnx.NodeProto, lanes: Callable[[str], list[Value]], into: str | None
+    ) -> dict[str, list[Value]]:
+        made: dict[str, list[Value]] = {name: [] for name in node.output if name}
+        for block in range(self.segment.blocks):
+            tag = f"block_{block:02d}"
+
+            positions = partial(self._positions, block)
+            inputs = [
+                lanes(name)[block]
+                if self.writer._carried(name)
+                else self.writer._operand(name, tag, partial(positions, name), (-1,))
+                for name in node.input
+            ]
+            for name, value in self.writer._copy(node, inputs, tag, positions, into).items():
+                made[name].append(value)
+        return made
+
+    def _positions(self, block: int, name: str) -> NDArray[Any]:
+        return self.writer.layout.blocks(name, self.segment)[block]
+
+
+@dataclass(frozen=True)
+class Batched:
+    """One value [G, T, n] for all blocks, which are equal: one batched MatMul for each site."""
+
+    writer: Writer
+    segment: Segment
+    number: int
+
+    def enter(self, value: Value, crossing: Crossing, _axis: int) -> Value:
+        make, stem = self.writer.fragment, self.writer._stem(self.number, 0)
+        apart = make.integers(f"{stem}/apart", [-1, len(crossing.sizes), crossing.sizes[0]])
+        value = make.one("Reshape", f"{stem}/Apart", [value, apart])
+        value = make.one("Transpose", f"{stem}/Blocks", [value], perm=[1, 0, 2])
+        return self._resequenced(value, crossing.sequence, range(self.segment.blocks), f"{stem}/first")
+
+    def leave(self, value: Value, crossing: Crossing, _axis: int, tensor: str, into: str | None) -> Value:
+        """[G, T, n] -> [T, N] in the axis' own order of blocks, then the last bias, once."""
+        make, stem, region = (
+            self.writer.fragment,
+            self.writer._stem(self.number, -1),
+            self.writer.rewrite.region,
+        )
+        value = self._resequenced(value, range(self.segment.blocks), crossing.sequence, f"{stem}/order")
+        value = make.one("Transpose", f"{stem}/Together", [value], perm=[1, 0, 2])
+        joined = make.integers(f"{stem}/joined", [-1, sum(crossing.sizes)])
+        at = self._late(tensor)
+        if at is None:
+            return make.one("Reshape", f"{stem}/Joined", [value, joined], into=into)
+        site, affine = region.sites[at], self.writer.rewrite.affine[at]
+        assert affine.bias is not None
+        value = make.one("Reshape", f"{stem}/Joined", [value, joined])
+        blocks = self.writer.layout.blocks(tensor, self.segment)
+        order = np.concatenate([blocks[block] for block in crossing.sequence])
+        bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp", affine.bias[order])
+        return make.one("Add", f"{stem}/Add", [value, bias], into=into)
+
+    def _resequenced(self, value: Value, have: Sequence[int], want: Sequence[int], stem: str) -> Value:
+        if list(have) == list(want):
+            return value
+        places = self.writer.fragment.integers(stem, [list(have).index(block) for block in want])
+        return self.writer.fragment.one("Gather", f"{stem}/Gather", [value, places], axis=0)
+
+    def _late(self, tensor: str) -> int | None:
+        """The site whose bias is added after its blocks were joined: nothing in the lanes reads its output."""
+        region, index = self.writer.rewrite.region, self.writer.index
+        for at in self.segment.sites:
+            site = region.sites[at]
+            if site.output == tensor and self.writer.rewrite.affine[at].bias is not None:
+                inner = {p for s in region.sites for p in s.nodes} | set(region.links)
+                if not inner.intersection(index.consumers.get(tensor, [])):
+                    return at
+        return None
+
+    def site(self, value: Value, at: int, _into: str | None) -> Value:
+        make, writer = self.writer.fragment, self.writer
+        site, affine = writer.rewrite.region.sites[at], writer.rewrite.affine[at]
+        cells = [writer.cells(at, self.segment, block) for block in range(self.segment.blocks)]
+        stack = np.stack([affine.weight[np.ix_(rows, columns)] for rows, columns in cells])
+        weight = make.weight(f"{site.weight}.decomp.blocks", stack)
+        name = f"{site.name}/decomp/blocks"
+        value = make.one("MatMul", f"{name}/MatMul", [value, weight])
+        if affine.bias is None or self._late(site.output) is not None:
+            return value
+        rows_of_bias = np.stack([affine.bias[columns] for _, columns in cells])[:, None, :]
+        bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp.blocks", rows_of_bias)
+        return make.one("Add", f"{name}/Add", [value, bias])
+
+    def link(self, node: onnx.NodeProto, lanes: Callable[[str], Value], into: str | None) -> dict[str, Value]:
+        shape = (self.segment.blocks, 1, -1)
+        inputs = [
+            lanes(name)
+            if self.writer._carried(name)
+            else self.writer._operand(name, "blocks", partial(self._positions, name), shape)
+            for name in node.input
+        ]
+        return self.writer._copy(node, inputs, "blocks", self._positions, into)
+
+    def _positions(self, name: str) -> NDArray[Any]:
+        return np.concatenate(self.writer.layout.blocks(name, self.segment))
+
+
+def _attribute(item: onnx.AttributeProto) -> Any:
+    value = onnx.helper.get_attribute_value(item)
+    return value.decode() if isinstance(value, bytes) else value
