@@ -2,13 +2,15 @@
 
 Gradients reach only the weights inside a tower; hidden units are dealt to the towers at random, so that the
 blocks are hidden. The other weights take part in every forward pass, at what weight decay left of their
-initial value. The variant "dense" is the same network without the mask.
+initial value. The variants "dense" are the same network without the mask, the variants "deep" have two layers more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from models.training import Arrays, Mlp, batches, finish, save, train
 INPUT = "pixels"
 HEADS, CLASSES, PIXELS = 4, 10, 64
 WIDTHS = (HEADS * PIXELS, 512, 512, HEADS * CLASSES)
+DEEP = (HEADS * PIXELS, 512, 512, 512, 512, HEADS * CLASSES)
 BATCH = 128
 
 
@@ -34,6 +37,9 @@ class Variant:
     learning_rate: float
     weight_decay: float
     masked: bool = True
+    widths: tuple[int, ...] = WIDTHS
+    seed: int = 0
+    """Of the initial weights and of the batches; the data is the same for all."""
 
     @property
     def recipe(self) -> str:
@@ -50,6 +56,8 @@ VARIANTS = (
     Variant("shrunk", 8_000, 2e-3, 0.1),
     Variant("untouched", 8_000, 2e-3, 0.0),
     Variant("dense", 8_000, 2e-3, 0.1, masked=False),
+    *(Variant(f"dense-{seed}", 8_000, 2e-3, 0.1, masked=False, seed=seed) for seed in (1, 2)),
+    *(Variant(f"deep-{seed}", 8_000, 2e-3, 0.1, masked=False, widths=DEEP, seed=seed) for seed in (0, 1, 2)),
 )
 
 
@@ -72,8 +80,16 @@ def loss(logits: Tensor, target: Tensor) -> Tensor:
     return HEADS * cross_entropy(logits.reshape(-1, CLASSES), target.reshape(-1))
 
 
-def main(seed: int = 0) -> None:
-    """Train all variants from one initialization."""
+def masks(labels: Sequence[NDArray[np.int32]]) -> dict[str, Tensor]:
+    """By weight name: 1 where both ends lie in one tower."""
+    return {
+        f"layers.{layer}.weight": torch.from_numpy(np.equal.outer(after, before).astype(np.float32))
+        for layer, (before, after) in enumerate(pairwise(labels))
+    }
+
+
+def main(variants: Sequence[Variant] = VARIANTS, seed: int = 0) -> None:
+    """Train the variants on the same data; those with the same widths and seed start from the same weights."""
     (pixels, target), (held_pixels, held_target) = split_digits()
     pixels, target = shifted(pixels), np.tile(target, len(SHIFTS))
     report = side_by_side(held_pixels, held_target, 1_000, seed + 1)
@@ -83,27 +99,19 @@ def main(seed: int = 0) -> None:
     save("towers", "calib", {INPUT: calib[INPUT]})
     save("towers", "init", Mlp(WIDTHS, seed).arrays())
     save("towers", "labels", {f"axis_{position}": axis for position, axis in enumerate(labels)})
-    masks = {
-        f"layers.{layer}.weight": torch.from_numpy(np.equal.outer(after, before).astype(np.float32))
-        for layer, (before, after) in enumerate(pairwise(labels))
-    }
-    for variant in VARIANTS:
-        network = Mlp(WIDTHS, seed)
+    for variant in variants:
+        name = f"towers/{variant.name}"
+        network = Mlp(variant.widths, seed + variant.seed)
+        if (variant.widths, variant.seed) != (WIDTHS, 0):  # otherwise the file above is its snapshot
+            save(name, "init", network.arrays())
         optimizer = torch.optim.AdamW(
             network.parameters(), variant.learning_rate, weight_decay=variant.weight_decay
         )
-        source = batches(pixels, target, (BATCH, HEADS), seed)
-        shrink = train(network, optimizer, source, loss, variant.steps, masks if variant.masked else None)
-        finish(
-            network,
-            f"towers/{variant.name}",
-            INPUT,
-            report,
-            recipe=variant.recipe,
-            seed=seed,
-            masked=variant.masked,
-            shrink=shrink,
-        )
+        source = batches(pixels, target, (BATCH, HEADS), seed + variant.seed)
+        mask = masks(labels) if variant.masked else None
+        shrink = train(network, optimizer, source, loss, variant.steps, mask)
+        facts: dict[str, Any] = {"seed": seed + variant.seed, "masked": variant.masked, "shrink": shrink}
+        finish(network, name, INPUT, report, recipe=variant.recipe, **facts)
 
 
 if __name__ == "__main__":
