@@ -341,7 +341,7 @@ class Run:
 def finding_passes() -> list[Pass]:
     """What looks for structure, in order; other packages add theirs by the entry point `onnx_decomp.passes`."""
     further = [entry.load()() for entry in metadata.entry_points(group="onnx_decomp.passes")]
-    return [Criterion(), Annealing(), Slicing(), *further]
+    return [Slicing(), Criterion(), Annealing(), *further]
 
 
 def _broken(what: str) -> DecompError:

@@ -62,7 +62,7 @@ REASONS: Mapping[str, str] = {
     "replay": "the replayed report did not keep it",
     "rounding": "the written form differs from the dense one by more than rounding explains",
     "rounds-exhausted": "gates undid something in every round, and no more rounds are tried",
-    "shared-weight": "the weight is used in several places, and splitting one use would store it twice",
+    "shared-weight": "the weight is used in several places, and not all of them can be rewritten alike",
     "tolerance": "even compensated, the rewrite changes the outputs by more than the tolerance",
     "transposed-input": "the Gemm transposes its input (transA)",
     "weight-on-the-left": "the constant is the left operand of the product",
@@ -113,8 +113,6 @@ def build(program: Program, written: onnx.ModelProto | None, measured: Measured)
         "sites": _sites(program),
         "verify": _verification(measured.verification),
         "rewrite": {"max_rel_l2": measured.rewrite_change},
-        "independent-parts": "moving inputs shows parts that have nothing to do with each other",
-        "influence-everywhere": "every part of the outputs needs every part of the inputs",
         "latency": dataclasses.asdict(measured.latency) if measured.latency else "not measured",
     }
     plain: Report = _plain(report)
