@@ -16,6 +16,9 @@ from scipy.special import log_softmax
 
 from onnx_decomp.options import Metric
 
+CONFIDENCE = 1.645
+"""Standard errors of a one-sided 95 % bound."""
+
 Array = NDArray[Any]
 Outputs = Mapping[str, Any]
 
@@ -24,8 +27,8 @@ Outputs = Mapping[str, Any]
 class OutputChange:
     """Change of one output over all samples; the first axis counts samples.
 
-    rel_l2: ‖Δ‖/‖y‖ over everything; worst_sample: the largest of one sample; max_abs: of one entry; cosine:
-    mean over samples. top1 (share of rows whose largest entry stays) and kl (mean divergence of the rows as
+    rel_l2: ‖Δ‖/‖y‖ over everything, and rel_l2_upper its 95 % confidence bound over samples; worst_sample: the
+    largest of one sample; max_abs: of one entry; cosine: mean over samples. top1 (share of rows whose largest entry stays) and kl (mean divergence of the rows as
     distributions, in nats) are None where rows have less than two entries. For an output without
     floats only `differing` is set: the share of entries that differ. finite: no new NaN or infinity.
     """
@@ -37,7 +40,14 @@ class OutputChange:
     top1: float | None = None
     kl: float | None = None
     differing: float | None = None
+    rel_l2_upper: float | None = None
     finite: bool = True
+
+    def bound(self, metric: Metric) -> float:
+        """The change with confidence: its upper bound over samples where there is one, else the change itself."""
+        change = self.change(metric)
+        bounded = metric == "rel-l2" and self.rel_l2_upper is not None and self.finite
+        return max(change, self.rel_l2_upper or 0.0) if bounded else change
 
     def change(self, metric: Metric) -> float:
         """The number that the tolerance is about: 0 where nothing changed, infinity where values were lost.
@@ -72,6 +82,11 @@ class Verification:
     def largest(self) -> float:
         """Change of the output that changed most, by the metric; infinity where nothing was compared."""
         return max((change.change(self.metric) for change in self.outputs.values()), default=math.inf)
+
+    @property
+    def bound(self) -> float:
+        """The same with confidence."""
+        return max((change.bound(self.metric) for change in self.outputs.values()), default=math.inf)
 
 
 def compare_outputs(
@@ -117,6 +132,9 @@ class _Sums:
 
     difference: float = 0.0
     reference: float = 0.0
+    moments: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Sums over samples of squared differences squared, times squared references, and of those squared."""
+    samples: int = 0
     worst: float = 0.0
     max_abs: float = 0.0
     floating: bool = False
@@ -146,6 +164,9 @@ class _Sums:
         difference, reference = ((rows**2).sum(axis=1) for rows in (rows_b - rows_a, rows_a))
         self.difference += float(difference.sum())
         self.reference += float(reference.sum())
+        products = (difference @ difference, difference @ reference, reference @ reference)
+        self.moments = tuple(a + float(b) for a, b in zip(self.moments, products, strict=True))  # type: ignore[assignment]
+        self.samples += len(difference)
         self.worst = max(self.worst, float(_ratio(np.sqrt(difference), np.sqrt(reference), math.inf).max()))
         self.max_abs = max(self.max_abs, float(np.abs(b - a).max()))
         lengths = np.sqrt(reference) * np.sqrt((rows_b**2).sum(axis=1))
@@ -166,8 +187,18 @@ class _Sums:
             cosine=self.cosine.value(),
             top1=self.top1.value(),
             kl=self.kl.value(),
+            rel_l2_upper=self._upper(),
             finite=self.finite,
         )
+
+    def _upper(self) -> float | None:
+        """Upper confidence bound of ‖Δ‖/‖y‖: that of a ratio of sums over samples, by linearisation (Cochran 1977)."""
+        if self.samples < 2 or not self.reference > 0:
+            return None
+        ratio = self.difference / self.reference
+        dd, dr, rr = self.moments
+        spread = max(dd - 2 * ratio * dr + ratio**2 * rr, 0.0) * self.samples / (self.samples - 1)
+        return math.sqrt(ratio + CONFIDENCE * math.sqrt(spread) / self.reference)
 
 
 def _ratio(numerator: Array, denominator: Array, without: float) -> Array:

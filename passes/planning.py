@@ -421,12 +421,12 @@ class Planner:
         return Judged(candidate, refitted, self._change(self.upstream | _placed(region, refitted)))
 
     def _change(self, placed: Mapping[int, Affine]) -> float:
-        """Change of the model's outputs on the select part, by the metric of the tolerance."""
+        """Change of the model's outputs on the select part, by the metric of the tolerance, with confidence."""
         probe, options = self.program.probe, self.program.options
         assert probe is not None
         batches = self.program.data.batches("select", BATCH)
         pairs = ((probe.run(feeds, {}), probe.run(feeds, placed)) for feeds in batches)
-        return compare_outputs(pairs, options.metric, options.tolerance).largest
+        return compare_outputs(pairs, options.metric, options.tolerance).bound
 
     def _candidate(
         self, region: Region, structures: Sequence[Structure], keep: Keep | None = None

@@ -172,3 +172,22 @@ def test_the_interface_is_everything_that_callers_see() -> None:
         (metadata, "'author'"),
     ):
         assert what in (interface_difference(original, other) or "")
+
+
+def test_the_bound_of_a_change_holds_as_often_as_it_says() -> None:
+    """The 95 % bound over 80 samples against the ratio of a large population; samples differ in size and in change."""
+    rng = np.random.default_rng(0)
+
+    def drawn(scale: float) -> np.ndarray:
+        sizes = rng.lognormal(0, 0.25, (40_000, 1))
+        return (scale * sizes * rng.standard_normal((40_000, 3))).astype(np.float32)
+
+    y, d = drawn(1.0), drawn(0.1)
+    truth = float(np.linalg.norm(d) / np.linalg.norm(y))
+    held = 0
+    for _ in range(400):
+        chosen = rng.choice(len(y), 80, replace=False)
+        found = compare_outputs([({"y": y[chosen]}, {"y": y[chosen] + d[chosen]})], "rel-l2", 1.0)
+        held += found.bound >= truth
+        assert found.bound >= found.largest
+    assert 0.92 <= held / 400 <= 0.99
