@@ -28,9 +28,10 @@ class OutputChange:
     """Change of one output over all samples; the first axis counts samples.
 
     rel_l2: ‖Δ‖/‖y‖ over everything, and rel_l2_upper its 95 % confidence bound over samples; worst_sample: the
-    largest of one sample; max_abs: of one entry; cosine: mean over samples. top1 (share of rows whose largest entry stays) and kl (mean divergence of the rows as
-    distributions, in nats) are None where rows have less than two entries. For an output without
-    floats only `differing` is set: the share of entries that differ. finite: no new NaN or infinity.
+    largest of one sample; max_abs: of one entry; cosine: mean over samples. top1 (share of rows whose largest entry
+    stays) and kl (mean divergence of the rows as distributions, in nats) are None where rows have less than two
+    entries. For an output without floats only `differing` is set: the share of entries that differ. finite: no new
+    NaN or infinity.
     """
 
     rel_l2: float | None = None
