@@ -19,7 +19,7 @@ from models.bench_common import Section, compare, table, times
 from models.planted import INPUT, Planted, build
 from onnx_decomp import cost
 from onnx_decomp.axes import Region, find_regions
-from onnx_decomp.passes.planning import segment_time
+from onnx_decomp.passes.pricing import segment_time
 from onnx_decomp.passes.splitting import emit
 from onnx_decomp.program import Form, Rewrite, Segment
 from onnx_decomp.sites import GraphIndex, find_sites, read_affine

@@ -1,8 +1,9 @@
 """Decide what each region becomes: the lowest predicted cost whose measured change of the outputs fits the tolerance.
 
-Candidates for a region are its structure (blocks), its structure with hidden units dropped, and hidden units dropped
-alone. Each is compensated first and then judged end to end, on the *select* part of the data: a split is never judged
-by what it removes. Without calibration data only what the weights alone bound is considered.
+Candidates for a region are what goes exactly, its structure (blocks), its structure with units dropped, units dropped
+alone, and slices where its function has independent parts. Each is compensated first and then judged end to end, on
+the *select* part of the data: a split is never judged by what it removes. Without calibration data only what the
+weights alone bound is considered.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ from onnx_decomp.passes.compensation import (
     masked,
     refit_run,
 )
+from onnx_decomp.passes.exact import Proven, fold_units, prove
 from onnx_decomp.passes.folding import (
     Indices,
     Keep,
     Layout,
-    block_sizes,
     compose,
-    forms,
     joined_orders,
     kept_flops,
     partition,
 )
+from onnx_decomp.passes.pricing import region_time, with_best_forms
 from onnx_decomp.passes.reduction import UnitPath, round_up, unit_path
-from onnx_decomp.program import DROPPED, Form, Labels, Program, Rewrite, Segment, Structure
+from onnx_decomp.program import DROPPED, Labels, Program, Rewrite, Segment, Structure
 from onnx_decomp.sites import Affine
 
 THRESHOLDS = tuple(np.geomspace(0.7, 1e-5, 64))
@@ -48,6 +49,9 @@ THRESHOLDS = tuple(np.geomspace(0.7, 1e-5, 64))
 
 MARGIN = 0.95
 """Share of the tolerance that may be spent on the select part, so that unseen data still pass."""
+
+EXACT = 1e-6
+"""Change of the outputs on held-back samples up to which a removal counts as exact."""
 
 WORTHWHILE = 1.02
 """Predicted gain under which a rewrite is not even measured."""
@@ -72,39 +76,6 @@ class Judged:
     candidate: Candidate
     refitted: Refitted
     change: float
-
-
-def segment_time(cost: CostModel, rows: int, region: Region, segment: Segment, form: Form) -> float:
-    """Predicted microseconds of one segment in the given form."""
-    layers = [block_sizes(region, segment, site) for site in segment.sites]
-    if form == "dense":
-        return sum(cost.dense(rows, k, n) for ((k, n),) in layers)
-    if form == "batched":
-        return sum(cost.batched(rows, segment.blocks, *layer[0]) for layer in layers)
-    if form == "parallel":
-        (layer,) = layers
-        return cost.parallel(rows, [k for k, _ in layer], [n for _, n in layer])
-    return cost.chain(rows, layers)
-
-
-def with_best_forms(
-    cost: CostModel, rows: int, region: Region, segments: Sequence[Segment]
-) -> tuple[Segment, ...]:
-    """The same segments, each in the form with the lowest predicted time."""
-
-    def best(segment: Segment) -> Form:
-        return min(forms(region, segment), key=lambda form: segment_time(cost, rows, region, segment, form))
-
-    return tuple(replace(segment, form=best(segment)) for segment in segments)
-
-
-def region_time(cost: CostModel, rows: int, layout: Layout) -> float:
-    """Predicted microseconds of a region's MatMuls and of the rearrangements at its borders."""
-    time = sum(segment_time(cost, rows, layout.region, segment, segment.form) for segment in layout.segments)
-    for _, crossing in layout.crossings():
-        if crossing.index is not None:
-            time += cost.gather(rows, len(crossing.index), crossing.run)
-    return time
 
 
 def reduce_to(
@@ -261,8 +232,9 @@ class Planner:
 
     def _bounded(self, region: Region, structures: Sequence[Structure], budget: float) -> Verdict:
         """Plain removal of what has vanished; its share of the norm stands in for the change of the outputs."""
+        exact = self._exact(region)
         if not structures:
-            return Verdict(None, "no-calibration")
+            return exact if exact.judged is not None else Verdict(None, "no-calibration")
         candidate = self._candidate(region, structures)
         affine, removed = [], []
         for site, (rows, columns) in zip(region.sites, partition(region, candidate.segments), strict=True):
@@ -276,7 +248,42 @@ class Planner:
         if candidate.gain < WORTHWHILE:
             return Verdict(None, self._cost_reason(region, candidate), numbers)
         refitted = Refitted(tuple(affine), tuple(affine), tuple(removed), tuple(removed))
+        bounded = Verdict(Judged(candidate, refitted, change), numbers=numbers)
+        return max(bounded, exact, key=lambda verdict: verdict.numbers.get("gain", 0.0))
+
+    def _exact(self, region: Region) -> Verdict:
+        """Units that go for nothing, without any refit; without calibration data those that the weights prove."""
+        affine = [self.program.affine(site) for site in region.sites]
+        keep: dict[int, NDArray[np.bool_]] = {}
+        for group in sorted(region.elastic):
+            readers = [at for at, (read, _) in enumerate(region.ends) if read == group]
+            if len({region.sites[at].input for at in readers}) != 1:
+                continue
+            moments = self._calibrator.moments("fit", region.sites[readers[0]], {})
+            folding = fold_units(moments, [affine[at] for at in readers], self._proven(region, group))
+            if not folding.keep.all() and folding.keep.any():
+                keep[group] = folding.keep
+                for at in readers:
+                    affine[at] = folding.apply(affine[at])
+        candidate = self._candidate(region, (), keep)
+        if not keep or candidate.gain < WORTHWHILE:
+            return Verdict(None, "no-redundancy")
+        spans = partition(region, candidate.segments)
+        written = tuple(masked(old, *span) for old, span in zip(affine, spans, strict=True))
+        refitted = Refitted(written, written, (0.0,) * len(written), (0.0,) * len(written))
+        change = self._change(self.upstream | _placed(region, refitted))
+        numbers = {"change": change, "gain": candidate.gain}
+        if change > self.change + EXACT:
+            return Verdict(None, "no-redundancy", numbers)  # what never moved there does move here
         return Verdict(Judged(candidate, refitted, change), numbers=numbers)
+
+    def _proven(self, region: Region, group: int) -> Proven | None:
+        """What the weights prove of a group; None where data is there to show more."""
+        if self.program.data.kind == "calibration":
+            return None
+        writers = [at for at, (_, written) in enumerate(region.ends) if written == group]
+        alike = not any(region.group_of[name] == group for name in region.constants)
+        return prove([self.program.affine(region.sites[at]) for at in writers], alike)
 
     # With data
 
@@ -285,6 +292,8 @@ class Planner:
         tried: list[Verdict] = []
         if structures:
             tried.append(self._as_found(region, structures, budget))
+        if region.elastic:
+            tried.append(self._exact(region))
         if self.reduce and region.elastic:
             # Where the structure alone changes too much, dropping units on top only adds to that.
             start = structures if structures and tried[0].reason != "tolerance" else ()

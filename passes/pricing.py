@@ -1,0 +1,44 @@
+"""Predicted time of the ways to write a region: what the plan goes by before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from onnx_decomp.axes import Region
+from onnx_decomp.cost import CostModel
+from onnx_decomp.passes.folding import Layout, block_sizes, forms
+from onnx_decomp.program import Form, Segment
+
+
+def segment_time(cost: CostModel, rows: int, region: Region, segment: Segment, form: Form) -> float:
+    """Predicted microseconds of one segment in the given form."""
+    layers = [block_sizes(region, segment, site) for site in segment.sites]
+    if form == "dense":
+        return sum(cost.dense(rows, k, n) for ((k, n),) in layers)
+    if form == "batched":
+        return sum(cost.batched(rows, segment.blocks, *layer[0]) for layer in layers)
+    if form == "parallel":
+        (layer,) = layers
+        return cost.parallel(rows, [k for k, _ in layer], [n for _, n in layer])
+    return cost.chain(rows, layers)
+
+
+def with_best_forms(
+    cost: CostModel, rows: int, region: Region, segments: Sequence[Segment]
+) -> tuple[Segment, ...]:
+    """The same segments, each in the form with the lowest predicted time."""
+
+    def best(segment: Segment) -> Form:
+        return min(forms(region, segment), key=lambda form: segment_time(cost, rows, region, segment, form))
+
+    return tuple(replace(segment, form=best(segment)) for segment in segments)
+
+
+def region_time(cost: CostModel, rows: int, layout: Layout) -> float:
+    """Predicted microseconds of a region's MatMuls and of the rearrangements at its borders."""
+    time = sum(segment_time(cost, rows, layout.region, segment, segment.form) for segment in layout.segments)
+    for _, crossing in layout.crossings():
+        if crossing.index is not None:
+            time += cost.gather(rows, len(crossing.index), crossing.run)
+    return time
