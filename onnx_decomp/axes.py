@@ -115,6 +115,10 @@ class Builder:
         self.columns = {site.index: self._weight_units(site, 1) for site in sites}
         self.group_of_unit, self.place = self._group_units()
         self.carriers = {name: self._carrier(name) for name in units.axes}
+        for name in [name for site in sites for name in (site.input, site.output)]:
+            found = self.carriers.get(name)
+            if found is not None and found[0].axis != -1:
+                self.carriers[name] = None  # a site's own units are on the last axis, told or not
         self.groups = dict(enumerate(self._groups()))
 
     # Groups
@@ -125,12 +129,13 @@ class Builder:
         found = self.traced.of(site.weight, axis)
         if found is not None:
             return found
-        return np.full(site.shape[side], self.traced.unit[0])  # an axis of one: its order is no question
+        nowhere = len(self.traced.unit)  # an axis of one: its order is no question
+        return np.full(site.shape[side], nowhere)
 
     def _group_units(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Group of each unit, -1 for those on no site, and its place within the group, by first occurrence."""
         axes = [units for site in self.sites for units in (self.rows[site.index], self.columns[site.index])]
-        count = len(self.traced.unit)
+        count = len(self.traced.unit) + 1
         heads = np.concatenate([np.broadcast_to(axis[0], axis.shape) for axis in axes])
         tails = np.concatenate(axes)
         together = coo_array((np.ones(len(heads), np.int8), (heads, tails)), shape=(count, count))
@@ -168,9 +173,10 @@ class Builder:
                 if reasons.get(int(group), "unknown") == "unknown":
                     reasons[int(group)] = why
         stored: dict[int, list[Carrier]] = defaultdict(list)
-        for name in self.index.stored:
-            for carrier, group in self._stored_carriers(name):
-                stored[group].append(carrier)
+        for name in self.traced.axes:
+            for carrier, group in self._carriers_of(name):
+                if name in self.index.stored:
+                    stored[group].append(carrier)
                 if not self._regular(carrier, int(sizes[group])):
                     reasons.setdefault(group, "irregular")
         for number, size in enumerate(sizes):
@@ -179,9 +185,8 @@ class Builder:
             carriers = tuple(stored[number])
             yield AxisGroup(number, int(size), tuple(writers), tuple(readers), carriers, reasons.get(number))
 
-    def _stored_carriers(self, name: str) -> Iterable[tuple[Carrier, int]]:
-        if name not in self.traced.axes:
-            return
+    def _carriers_of(self, name: str) -> Iterable[tuple[Carrier, int]]:
+        """Every axis of a tensor and every group on it."""
         for axis in self.traced.axes[name].known:
             units = self.traced.of(name, axis)
             if units is None:
@@ -220,7 +225,8 @@ class Builder:
         taken = {position for site in self.sites for position in site.nodes}
         entry = {site.input for site in self.sites}
         reached, links = {site.output for site in self.sites}, set[int]()
-        beyond = set[str]()  # what is computed from joined tensors: the statistics of a norm in pieces, say
+        # What is computed from joined tensors: the statistics of a norm in pieces, say, or a gate of width one.
+        beyond = {site.output for site in self.sites if site.shape[1] == 1}
         forward = []
         for position, node in enumerate(self.index.proto.graph.node):
             if position in taken:
@@ -248,14 +254,31 @@ class Builder:
         for elements in self.traced.mixed.get(position, []):
             if (self.group_of_unit[self.traced.unit[elements]] >= 0).any():
                 return False
-        if any(self.carriers.get(name) is None for name in node.output):
+        if not all((found := self.carriers.get(name)) and self._whole(*found) for name in node.output):
             return False
-        if _elementwise(self.index, position) and self._lifts(node):
+        if self._covers(position) or (_elementwise(self.index, position) and self._lifts(node)):
             return False
         groups = {
             found[1] for name in [*node.input, *node.output] if name and (found := self.carriers.get(name))
         }
         return len(groups) == 1
+
+    def _covers(self, position: int) -> bool:
+        """An operand may have a value for each unit without being known to carry them."""
+        node = self.index.node(position)
+        carrier = self.carriers[node.output[0]]
+        assert carrier is not None
+        axis = carrier[0].axis
+        if not _elementwise(self.index, position) and (node.op_type != "MatMul" or axis >= -2):
+            source = 1 if node.op_type == "MatMul" and axis == -1 else 0
+            return self.carriers.get(node.input[source]) is None
+        others = [name for name in node.input if name and self.carriers.get(name) is None]
+        found = [self.traced.axes[name].at(axis) for name in others]
+        return any(elements is not None or unknown for elements, unknown in found)
+
+    def _whole(self, carrier: Carrier, group: int) -> bool:
+        """All units of the group are there, so that every block has some."""
+        return len(np.unique(carrier.units)) == int((self.group_of_unit == group).sum())
 
     def _lifts(self, node: onnx.NodeProto) -> bool:
         """A constant of higher rank adds an axis in front, which a fragment would lose."""
@@ -330,7 +353,7 @@ class Builder:
                 group for group in groups if group not in joined and self._elastic(group, sites, links)
             ),
             tuple(n for n in carried if self.index.resolve(n) is not None),
-            self._flat(links, carried),
+            self._flat(links, carried) and self._alike(entries),
         )
 
     def _elastic(self, group: int, sites: Sequence[Site], links: Sequence[int]) -> bool:
@@ -345,6 +368,11 @@ class Builder:
             for position in links
             if any((c := self.carriers.get(n)) and c[1] == group for n in self.index.node(position).input)
         )
+
+    def _alike(self, entries: Sequence[str]) -> bool:
+        """Tensors that have the same leading axes, as far as the graph tells: as matrices they have as many rows."""
+        leads = {shape[:-1] if (shape := self.index.shapes.get(name)) else None for name in entries}
+        return len(entries) == 1 or (len(leads) == 1 and None not in leads)
 
     def _flat(self, links: Sequence[int], carried: Mapping[str, tuple[Carrier, int]]) -> bool:
         """Every tensor carries its units on its last axis, and constants beside them have one value for each."""

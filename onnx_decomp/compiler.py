@@ -35,7 +35,7 @@ from onnx_decomp.passes.criterion import Criterion
 from onnx_decomp.passes.planning import Planning
 from onnx_decomp.passes.slicing import Slicing
 from onnx_decomp.passes.splitting import Splitting, emit
-from onnx_decomp.probe import Probe
+from onnx_decomp.probe import Probe, outer_tensors
 from onnx_decomp.program import Pass, Program, Rewrite
 from onnx_decomp.progress import Progress, Silent
 from onnx_decomp.report import Measured, build, record_output
@@ -205,7 +205,8 @@ class Run:
             finder.run(program)
         sites = [site for region in program.regions for site in region.sites]
         if sites:
-            program.probe = Probe(program.index, sites, self.source.folder)
+            outer = [name for region in program.regions for name in outer_tensors(program.index, region)]
+            program.probe = Probe(program.index, sites, self.source.folder, outer)
             program.rows_per_sample = self._rows_per_sample(program, program.probe)
             self._warn_of_few_rows(program)
 

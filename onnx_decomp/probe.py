@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_decomp.axes import Region
 from onnx_decomp.runtime import Session, open_session
 from onnx_decomp.sites import Affine, GraphIndex, Site, read_affine
 
@@ -38,9 +39,7 @@ def probe_model(index: GraphIndex, sites: Sequence[Site], fetch: Iterable[str]) 
     del graph.node[:]
     graph.node.extend(nodes)
     for site in sites:
-        element = onnx.helper.np_dtype_to_tensor_dtype(site.dtype)
-        graph.input.append(onnx.helper.make_tensor_value_info(_weight(site), element, [None, None]))
-        graph.input.append(onnx.helper.make_tensor_value_info(_bias(site), element, [None]))
+        _add_weights(graph, site)
     del graph.value_info[:]  # a rewrite may have fewer hidden units, or copies of some
     _drop_unread(graph, {site.weight for site in sites})
     known = {value.name for value in graph.output}
@@ -48,6 +47,62 @@ def probe_model(index: GraphIndex, sites: Sequence[Site], fetch: Iterable[str]) 
         if name not in known:
             graph.output.append(onnx.ValueInfoProto(name=name))
     return model
+
+
+def local_model(index: GraphIndex, region: Region, fetch: Iterable[str]) -> onnx.ModelProto:
+    """The same for one region by itself: what enters it from outside is fed, `fetch` are the outputs."""
+    model = onnx.ModelProto(ir_version=index.proto.ir_version)
+    model.opset_import.extend(index.proto.opset_import)
+    graph = model.graph
+    graph.name = region.name
+    positions = set(region.links) | _feeders(index, region)
+    ends = {site.nodes[-1]: site for site in region.sites}
+    for position in sorted(positions | set(ends)):
+        graph.node.extend(_affine_nodes(ends[position]) if position in ends else [index.node(position)])
+    read = {name for node in graph.node for name in node.input}
+    graph.initializer.extend(
+        onnx.numpy_helper.from_array(index.read(tensor), name)
+        for name, tensor in index.stored.items()
+        if name in read and index.producer.get(name) not in positions
+    )
+    for name in outer_tensors(index, region):
+        element = index.element_types.get(name) or onnx.helper.np_dtype_to_tensor_dtype(region.sites[0].dtype)
+        graph.input.append(onnx.helper.make_tensor_value_info(name, element, None))
+    for site in region.sites:
+        _add_weights(graph, site)
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(fetch))
+    return model
+
+
+def outer_tensors(index: GraphIndex, region: Region) -> tuple[str, ...]:
+    """Tensors computed outside of a region that its operators read."""
+    made = {name for position in region.nodes for name in index.node(position).output}
+    reads = [site.input for site in region.sites]
+    reads += [name for position in region.links for name in index.node(position).input if name]
+    return tuple(name for name in dict.fromkeys(reads) if name not in made and not _constant(index, name))
+
+
+def _constant(index: GraphIndex, name: str) -> bool:
+    return name in index.stored or index.resolve(name) is not None
+
+
+def _feeders(index: GraphIndex, region: Region) -> set[int]:
+    """Operators that only turn constants into what the region's links read."""
+    found: set[int] = set()
+    pending = [name for position in region.links for name in index.node(position).input if name]
+    while pending:
+        name = pending.pop()
+        position = index.producer.get(name)
+        if position is not None and name not in index.stored and _constant(index, name):
+            found.add(position)
+            pending += index.node(position).input
+    return found
+
+
+def _add_weights(graph: onnx.GraphProto, site: Site) -> None:
+    element = onnx.helper.np_dtype_to_tensor_dtype(site.dtype)
+    graph.input.append(onnx.helper.make_tensor_value_info(_weight(site), element, [None, None]))
+    graph.input.append(onnx.helper.make_tensor_value_info(_bias(site), element, [None]))
 
 
 def _affine_nodes(site: Site) -> list[onnx.NodeProto]:
@@ -79,20 +134,35 @@ def _drop_unread(graph: onnx.GraphProto, weights: set[str]) -> None:
 
 
 class Probe:
-    """A session of `probe_model`; `sites` are what can be fed anew, everything else is the original's."""
+    """A session of `probe_model`; `sites` are what can be fed anew, everything else is the original's.
+
+    fetch: further tensors that can be asked for, beside inputs and outputs of the sites. region: by itself, fed with
+    its `outer_tensors`; every run of the whole graph runs all of it, whatever is asked for.
+    """
 
     def __init__(
-        self, index: GraphIndex, sites: Sequence[Site], folder: Path | None, fetch: Sequence[str] = ()
+        self,
+        index: GraphIndex,
+        sites: Sequence[Site],
+        folder: Path | None,
+        fetch: Sequence[str] = (),
+        region: Region | None = None,
     ) -> None:
         self._index = index
         self._sites = tuple(sites)
         self._original: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
         tensors = [*fetch, *(name for site in sites for name in (site.input, site.output))]
-        fed = {value.name for value in index.proto.graph.input}
-        self._fetchable = [name for name in dict.fromkeys(tensors) if name not in fed]
-        model = probe_model(index, sites, self._fetchable)
+        if region is None:
+            fed = {value.name for value in index.proto.graph.input}
+            self.outputs = tuple(value.name for value in index.proto.graph.output)
+        else:
+            fed, self.outputs = set(outer_tensors(index, region)), region.exits
+            tensors += region.exits
+        fetchable = [name for name in dict.fromkeys(tensors) if name not in fed]
+        model = (
+            probe_model(index, sites, fetchable) if region is None else local_model(index, region, fetchable)
+        )
         self._session: Session = open_session(model, folder=folder, prepack=False)
-        self.outputs = tuple(value.name for value in index.proto.graph.output)
 
     def run(
         self, feeds: Feeds, affine: Mapping[int, Affine], fetch: Sequence[str] | None = None

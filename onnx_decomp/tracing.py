@@ -265,6 +265,8 @@ class Tracer:
                 self.pins.append((elements, "unknown"))
         if inner[0] is not None and inner[1] is not None:
             self.tie(inner[0], inner[1])
+        elif inner[1] is not None:
+            left.known[-1] = inner[1]  # now its length is known: all that read this tensor share its units
         self.mix(position, inner[0] if inner[0] is not None else inner[1])
         batch = self.broadcast([_without(left, (-1, -2)), _without(right, (-1, -2))])
         known = dict(batch.known)
@@ -294,9 +296,9 @@ class Tracer:
             axis -= x.rank
         for at in range(axis, 0):
             self.mix(position, x.at(at)[0])
-        parameters = [_within(self.axes_of(name), axis) for name in node.input[1:] if name]
+        parameters = [self.axes_of(name) for name in node.input[1:] if name]
         result = self.broadcast([x, *parameters])
-        statistics = {name: NOTHING for name in node.output[1:] if name}
+        statistics = {name: Axes({}, None) for name in node.output[1:] if name}
         return {node.output[0]: result, **statistics}
 
     def _batch_norm(self, position: int, node: onnx.NodeProto) -> dict[str, Axes] | None:
@@ -318,7 +320,7 @@ class Tracer:
         listed = attribute(node, "axes", None)
         if listed is None and len(node.input) > 1 and node.input[1]:
             listed = self.index.constant(node.input[1])
-        if x.rank is None or listed is None:
+        if x.rank is None or listed is None or not np.size(listed):  # no axes at all may mean every axis
             return None
         self.copyable.add(position)
         reduced = {int(axis) - (x.rank if axis >= 0 else 0) for axis in np.ravel(listed)}
@@ -370,7 +372,9 @@ class Tracer:
             return None
         self.copyable.add(position)
         x, known = self.axes_of(node.input[0]), dict[int, Elements | None]()
-        pairs = matched(before, after)
+        traced = [x.at(axis - len(before))[0] for axis in range(len(before))]
+        before = tuple(len(e) if e is not None else n for e, n in zip(traced, before, strict=True))
+        pairs = matched(before, after, node.op_type in ("Squeeze", "Unsqueeze"))
         for sources, targets in pairs:
             elements = [x.at(axis - len(before))[0] for axis in sources]
             known |= self._regrouped(sources, targets, elements, before, after)
@@ -398,9 +402,8 @@ class Tracer:
         carrying = [at for at, found in enumerate(elements) if found is not None]
         if len(sources) == len(targets) == 1:
             return {targets[0] - rank: elements[0]}
-        if len(carrying) > 1:
-            self.pins += [(elements[at], "operator:Reshape") for at in carrying]  # type: ignore[misc]
-        if len(carrying) != 1:
+        self.pins += [(elements[at], "operator:Reshape") for at in carrying[1:]]  # type: ignore[misc]
+        if not carrying:
             return {axis - rank: None for axis in targets}
         at = carrying[0]
         inner = prod(before[axis] or 1 for axis in sources[at + 1 :])
@@ -427,8 +430,11 @@ class Tracer:
         self.copyable.add(position)
         ends = np.cumsum([size or 0 for size in sizes])
         parts = np.split(elements, ends[:-1])
+        self.pins += [(part, "operator:Split") for part in parts if len(part) == 1]
+        others = _without(x, (axis,)).known
         return {
-            name: Axes({**x.known, axis: part}, x.rank) for name, part in zip(node.output, parts, strict=True)
+            name: Axes(others | ({axis: part} if len(part) != 1 else {}), x.rank)
+            for name, part in zip(node.output, parts, strict=True)
         }
 
     def _concat(self, _position: int, node: onnx.NodeProto) -> dict[str, Axes] | None:
@@ -474,12 +480,14 @@ class Tracer:
 
 
 def matched(
-    before: Sequence[int | None], after: Sequence[int | None]
+    before: Sequence[int | None], after: Sequence[int | None], same: bool = False
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Which axes of a reshaped tensor hold the same positions: pairs of (axes before, axes after), from the right.
 
-    Ends where a length that is not known leaves it open; axes of length one belong to no pair.
+    Ends where a length that is not known leaves it open; axes of length one belong to no pair. same: all others are
+    the same, in order.
     """
+    same = same or (list(before).count(None), list(after).count(None)) == (1, 1)
     sources = [at for at, size in enumerate(before) if size != 1]
     targets = [at for at, size in enumerate(after) if size != 1]
     pairs: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
@@ -489,7 +497,7 @@ def matched(
             left = [before[at] for at in s]
             right = [after[at] for at in t]
             if None in left or None in right:
-                if left == right == [None]:
+                if same and left == right == [None]:
                     break
                 return pairs
             made, wanted = prod(x or 0 for x in left), prod(x or 0 for x in right)
@@ -505,11 +513,6 @@ def matched(
 
 def _without(axes: Axes, dropped: Sequence[int]) -> Axes:
     return Axes({axis: found for axis, found in axes.known.items() if axis not in dropped}, axes.rank)
-
-
-def _within(axes: Axes, first: int) -> Axes:
-    """Parameters of a norm span its last axes; they are taken from the right whatever their rank."""
-    return Axes({axis: found for axis, found in axes.known.items() if axis >= first}, axes.rank)
 
 
 def _turned(axes: Axes) -> Axes:

@@ -21,7 +21,7 @@ from scipy import linalg
 from onnx_decomp.axes import Region
 from onnx_decomp.calibration import Data, Part
 from onnx_decomp.passes.folding import copies_of, partition
-from onnx_decomp.probe import Probe
+from onnx_decomp.probe import Feeds, Probe
 from onnx_decomp.program import DROPPED, Labels, Segment
 from onnx_decomp.sites import Affine, Site
 
@@ -34,6 +34,9 @@ RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, np.inf)
 
 BATCH = 512
 """Samples of one run over the data."""
+
+HELD = 2**29
+"""Bytes of what enters a region, held in memory for each part of the data."""
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -190,14 +193,23 @@ def relative_error(moments: Moments, affine: Affine, rows: Labels, columns: Labe
     return float(np.sqrt(error / max(variance, TINY)))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Calibrator:
-    """Runs the probe over a part of the data to get what a site is fed and what it ought to make."""
+    """Runs a region over a part of the data to get what a site is fed and what it ought to make.
+
+    local: the region by itself. What enters it, in the original and in the model with `upstream` in place, is computed
+    once and held; where that is more than HELD bytes, the whole graph runs each time.
+    """
 
     probe: Probe
     data: Data
+    local: Probe
+    outer: Sequence[str]
+    upstream: Mapping[int, Affine]
     unchanged: dict[tuple[Part, int], Moments] = field(default_factory=dict)
-    """Moments of the original, which every candidate for a region starts from; forgotten with the region."""
+    """Moments of the original, which every candidate for the region starts from."""
+    entering: dict[tuple[Part, bool], list[Feeds] | None] = field(default_factory=dict)
+    """What enters the region, batch by batch: in the original (False), with `upstream` (True); None if too much."""
 
     def moments(
         self, part: Part, site: Site, affine: Mapping[int, Affine], blocks: Labels | None = None
@@ -212,14 +224,36 @@ class Calibrator:
     def _pairs(
         self, part: Part, site: Site, affine: Mapping[int, Affine]
     ) -> Iterator[tuple[NDArray[np.floating], NDArray[np.floating]]]:
-        for feeds in self.data.batches(part, BATCH):
+        before, after = self._entering(part, False), self._entering(part, bool(affine and self.upstream))
+        if before is None or after is None:
+            whole: list[Feeds] = list(self.data.batches(part, BATCH))
+            pairs = list(zip(whole, whole, strict=True))
+        else:
+            pairs = list(zip(before, after, strict=True))
+        probe = self.probe if before is None or after is None else self.local
+        for original, rewritten in pairs:
             if affine:
-                x = self.probe.run(feeds, affine, [site.input])[site.input]
-                y = self.probe.run(feeds, {}, [site.output])[site.output]
+                x = probe.run(rewritten, affine, [site.input])[site.input]
+                y = probe.run(original, {}, [site.output])[site.output]
             else:
-                both = self.probe.run(feeds, {}, [site.input, site.output])
+                both = probe.run(original, {}, [site.input, site.output])
                 x, y = both[site.input], both[site.output]
             yield x, y
+
+    def _entering(self, part: Part, rewritten: bool) -> list[Feeds] | None:
+        key = (part, rewritten)
+        if key not in self.entering:
+            self.entering[key] = self._collected(part, self.upstream if rewritten else {})
+        return self.entering[key]
+
+    def _collected(self, part: Part, upstream: Mapping[int, Affine]) -> list[Feeds] | None:
+        held, collected = 0, list[Feeds]()
+        for feeds in self.data.batches(part, BATCH):
+            collected.append(self.probe.run(feeds, upstream, self.outer))
+            held += sum(array.nbytes for array in collected[-1].values())
+            if held > HELD:
+                return None
+        return collected
 
 
 @dataclass(frozen=True)

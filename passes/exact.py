@@ -96,7 +96,10 @@ class Proven:
 
 def prove(writers: Sequence[Affine], alike: bool) -> Proven:
     """From all maps [K, H] that write the units. alike: every unit is treated the same after that."""
-    columns = [w if w.bias is not None else Affine(w.weight, np.zeros(w.weight.shape[1], np.float32)) for w in writers]
+    columns = [
+        w if w.bias is not None else Affine(w.weight, np.zeros(w.weight.shape[1], np.float32))
+        for w in writers
+    ]
     constant = ~np.any([w.weight.any(axis=0) for w in writers], axis=0)
     twin = np.arange(len(constant))
     if alike:

@@ -191,6 +191,8 @@ def along(units: Indices, order: Indices) -> Indices:
     values each part is reordered by itself.
     """
     held = units >= 0
+    if len(order) > units.max(initial=-1) and np.array_equal(order, np.arange(len(order))):
+        return np.arange(len(units))  # nothing moves; an axis may carry only some units of a pinned group
     if held.all() and np.array_equal(units, np.arange(len(units))):
         return order  # one position for each unit: some may be left out
     at = np.flatnonzero(held)

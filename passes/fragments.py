@@ -34,9 +34,9 @@ class Fragment:
         self.taken.add(candidate)
         return candidate
 
-    def weight(self, name: str, array: NDArray[Any]) -> gs.Constant:
+    def weight(self, name: str, array: NDArray[Any], dtype: np.dtype[Any]) -> gs.Constant:
         """A new constant; one of the same name and content is used again, so that a shared weight stays shared."""
-        stored = np.ascontiguousarray(array, self.dtype)
+        stored = np.ascontiguousarray(array, dtype)
         for other in self.weights.setdefault(name, []):
             if np.array_equal(other.values, stored):
                 return other

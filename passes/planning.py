@@ -17,13 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_decomp.axes import Region
-from onnx_decomp.calibration import Part
 from onnx_decomp.cost import CostModel, cpu, cuda
 from onnx_decomp.metrics import compare_outputs
 from onnx_decomp.passes.compensation import (
     BATCH,
     Calibrator,
-    Moments,
     Refitted,
     View,
     masked,
@@ -41,6 +39,7 @@ from onnx_decomp.passes.folding import (
 )
 from onnx_decomp.passes.pricing import region_time, with_best_forms
 from onnx_decomp.passes.reduction import UnitPath, round_up, unit_path
+from onnx_decomp.probe import Probe, outer_tensors
 from onnx_decomp.program import DROPPED, Labels, Program, Rewrite, Segment, Structure
 from onnx_decomp.sites import Affine
 
@@ -169,15 +168,15 @@ class Planner:
     change: float = 0.0
     orders: dict[int, Indices] = field(default_factory=dict)
     """Of free groups, as accepted rewrites need them."""
-    unchanged: dict[tuple[Part, int], Moments] = field(default_factory=dict)
-    """Moments of the original at the region under work; see `Calibrator`."""
+    _calibrator: Calibrator = field(init=False)
+    """Of the region under work."""
 
     def plan(self, region: Region, budget: float) -> Verdict:
         """The best way to write one region; the budget of change to the outputs includes that of earlier regions."""
         refusal = self._refusal(region)
         if refusal is not None:
             return Verdict(None, refusal)
-        self.unchanged.clear()
+        self._calibrator = self._calibrate(region)
         found = self.program.structures.get(region.name, ())
         structures = tuple(s for s in found if self._may_act_on(region, s))
         if self.program.data.kind == "calibration":
@@ -187,6 +186,13 @@ class Planner:
         if verdict.judged is None and found and not structures:
             return replace(verdict, reason="estimated-null")
         return verdict
+
+    def _calibrate(self, region: Region) -> Calibrator:
+        program = self.program
+        assert program.probe is not None
+        outer = outer_tensors(program.index, region)
+        local = Probe(program.index, region.sites, program.source.folder, region=region)
+        return Calibrator(program.probe, program.data, local, outer, dict(self.upstream))
 
     def accept(self, region: Region, judged: Judged) -> Rewrite:
         """Take a candidate for good: what follows is fitted on what it makes."""
@@ -418,11 +424,6 @@ class Planner:
             else:
                 low = middle + 1
         return best
-
-    @property
-    def _calibrator(self) -> Calibrator:
-        assert self.program.probe is not None
-        return Calibrator(self.program.probe, self.program.data, self.unchanged)
 
     def _judge(self, region: Region, candidate: Candidate) -> Judged:
         old = [self.program.affine(site) for site in region.sites]

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from onnx_decomp.axes import Region
@@ -23,7 +22,7 @@ from onnx_decomp.passes.independence import Independent, co_cluster
 from onnx_decomp.passes.influence import fields_of, measure, measure_grouped, off_influence
 from onnx_decomp.probe import Probe
 from onnx_decomp.program import DROPPED, Labels, Program, Structure
-from onnx_decomp.runtime import RunError, open_session
+from onnx_decomp.runtime import RunError
 from onnx_decomp.sites import GraphIndex
 
 Array = NDArray[np.float32]
@@ -122,46 +121,14 @@ class Forward:
     """A region by itself: x [S, ..., K] to all its outputs side by side, [S, ..., N]."""
 
     def __init__(self, index: GraphIndex, region: Region) -> None:
-        self._entry, self._exits = region.entries[0], region.exits
-        self._type = region.sites[0].dtype
-        self._session = open_session(cut_out(index, region), prepack=False)
+        self._region, self._type = region, region.sites[0].dtype
+        self._probe = Probe(index, region.sites, None, region=region)
         ends = np.cumsum([len(region.carriers[name].units) for name in region.exits])
         self.splits = tuple(int(end) for end in ends)
 
     def __call__(self, x: Array) -> Array:
-        made = self._session.run({self._entry: x.astype(self._type)}, list(self._exits), partial=True)
-        return np.concatenate([made[name].astype(np.float32) for name in self._exits], axis=-1)
-
-
-def cut_out(index: GraphIndex, region: Region) -> onnx.ModelProto:
-    """The region's operators and constants as a model of their own."""
-    model = onnx.ModelProto()
-    model.ir_version = index.proto.ir_version
-    model.opset_import.extend(index.proto.opset_import)
-    graph = model.graph
-    graph.name = region.name
-    positions = set(region.nodes)
-    pending = [name for position in positions for name in index.node(position).input]
-    stored: dict[str, onnx.TensorProto] = {}
-    while pending:
-        name = pending.pop()
-        position = index.producer.get(name)
-        if name in index.stored:
-            stored[name] = index.stored[name]
-        elif position is not None and position not in positions and name not in region.entries:
-            positions.add(position)  # Identity or Transpose of a constant
-            pending += index.node(position).input
-    graph.node.extend(index.node(p) for p in sorted(positions) if index.node(p).op_type != "Constant")
-    graph.initializer.extend(
-        onnx.numpy_helper.from_array(index.read(tensor), name) for name, tensor in stored.items()
-    )
-    element = onnx.helper.np_dtype_to_tensor_dtype(region.sites[0].dtype)
-    rank = region.sites[0].rank or 2
-    (entry,) = region.entries
-    width = len(region.carriers[entry].units)
-    graph.input.append(onnx.helper.make_tensor_value_info(entry, element, [None] * (rank - 1) + [width]))
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in region.exits)
-    return model
+        made = self._probe.run({self._region.entries[0]: x.astype(self._type)}, {})
+        return np.concatenate([made[name].astype(np.float32) for name in self._region.exits], axis=-1)
 
 
 def sliced(region: Region, found: Independent, splits: Sequence[int]) -> Structure:

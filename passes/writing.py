@@ -195,6 +195,10 @@ class Writer:
             return gs.Variable.empty()
         region = self.rewrite.region
         if name not in region.constants:
+            scalar = self.index.constant(name)
+            if self.flattened and scalar is not None and scalar.ndim > 2:
+                # One value, of more axes than a matrix: it would make one of more axes of what it meets.
+                return gs.Constant(self.fragment.unique(f"{name}.decomp"), scalar.reshape(-1))
             return self.fragment.read(name)
         constant = self.index.constant(name)
         assert constant is not None
@@ -372,11 +376,13 @@ class Branches:
         site, affine = writer.rewrite.region.sites[at], writer.rewrite.affine[at]
         rows, columns = writer.cells(at, self.segment, block)
         tag = f"block_{block:02d}"
-        weight = make.weight(f"{site.weight}.decomp.{tag}", affine.weight[np.ix_(rows, columns)])
+        weight = make.weight(f"{site.weight}.decomp.{tag}", affine.weight[np.ix_(rows, columns)], site.dtype)
         stem = f"{site.name}/decomp/{tag}"
         if affine.bias is None:
             return make.one("MatMul", f"{stem}/MatMul", [value, weight], into=into)
-        bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp.{tag}", affine.bias[columns])
+        bias = make.weight(
+            f"{site.bias or site.weight + '.bias'}.decomp.{tag}", affine.bias[columns], site.dtype
+        )
         if self._matrix or site.rank == 2:
             return make.one("Gemm", f"{stem}/Gemm", [value, weight, bias], into=into)
         value = make.one("MatMul", f"{stem}/MatMul", [value, weight])
@@ -437,7 +443,7 @@ class Batched:
         value = make.one("Reshape", f"{stem}/Joined", [value, joined])
         blocks = self.writer.layout.blocks(tensor, self.segment)
         order = np.concatenate([blocks[block] for block in crossing.sequence])
-        bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp", affine.bias[order])
+        bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp", affine.bias[order], site.dtype)
         return make.one("Add", f"{stem}/Add", [value, bias], into=into)
 
     def _resequenced(self, value: Value, have: Sequence[int], want: Sequence[int], stem: str) -> Value:
@@ -462,13 +468,13 @@ class Batched:
         site, affine = writer.rewrite.region.sites[at], writer.rewrite.affine[at]
         cells = [writer.cells(at, self.segment, block) for block in range(self.segment.blocks)]
         stack = np.stack([affine.weight[np.ix_(rows, columns)] for rows, columns in cells])
-        weight = make.weight(f"{site.weight}.decomp.blocks", stack)
+        weight = make.weight(f"{site.weight}.decomp.blocks", stack, site.dtype)
         name = f"{site.name}/decomp/blocks"
         value = make.one("MatMul", f"{name}/MatMul", [value, weight])
         if affine.bias is None or self._late(site.output) is not None:
             return value
         rows_of_bias = np.stack([affine.bias[columns] for _, columns in cells])[:, None, :]
-        bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp.blocks", rows_of_bias)
+        bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp.blocks", rows_of_bias, site.dtype)
         return make.one("Add", f"{name}/Add", [value, bias])
 
     def link(self, node: onnx.NodeProto, lanes: Callable[[str], Value], into: str | None) -> dict[str, Value]:
