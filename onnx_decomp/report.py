@@ -300,9 +300,12 @@ def _unused(program: Program, site: Site, rewrite: Rewrite | None, position: int
 
 
 def _structure(program: Program, region: Region, position: int, unused: str | None) -> Report | None:
-    """What was found at a site: by its weights, else by the function of the network that it is part of."""
-    found = [*program.structures.get(region.name, ()), *filter(None, [program.slices.get(region.name)])]
-    structure = _covering(found, position)
+    """What was found at a site: what was written, else by its weights, else by the function of its region."""
+    by_weights, sliced = program.structures.get(region.name, ()), program.slices.get(region.name)
+    rewrite = next((r for r in program.rewrites if r.region.name == region.name), None)
+    segment = _covering(rewrite.segments, position) if rewrite else None
+    found = [*by_weights, *([sliced] if sliced else [])]
+    structure = _covering(found[::-1] if segment and segment.copies else found, position)
     if structure is None:
         return None
     told = {"kind": structure.kind, "p": structure.p, "stability": structure.stability}

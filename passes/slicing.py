@@ -10,7 +10,7 @@ own outputs; planning then drops those that it can do without.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx_decomp.axes import Region
 from onnx_decomp.calibration import Part
 from onnx_decomp.passes.compensation import BATCH
+from onnx_decomp.passes.folding import blocks_in_order
 from onnx_decomp.passes.independence import Independent, co_cluster
 from onnx_decomp.passes.influence import fields_of, measure, measure_grouped, off_influence
 from onnx_decomp.probe import Probe
@@ -33,7 +34,7 @@ MOST_ROWS = 4096
 """Rows that they have at most: a sample may be a whole sequence."""
 MANY = 512
 """Fields from which on groups are moved first, and taken apart where it matters."""
-BUDGET = 0.1
+BUDGET = 0.05
 """Share of its outputs' variance that a part may lose before any refit: what is proposed, not what is allowed."""
 
 
@@ -131,8 +132,22 @@ class Forward:
         return np.concatenate([made[name].astype(np.float32) for name in self._region.exits], axis=-1)
 
 
+def in_order(found: Independent) -> Independent:
+    """The same with parts renamed by their first output."""
+    order = np.array(blocks_in_order(found.outputs))
+    names = np.full(found.blocks + 1, DROPPED, np.int32)  # the last one: DROPPED indexes it as -1
+    names[order] = np.arange(found.blocks)
+    return replace(
+        found, outputs=names[found.outputs], inputs=names[found.inputs], members=found.members[order]
+    )
+
+
 def sliced(region: Region, found: Independent, splits: Sequence[int]) -> Structure:
-    """Branches as a structure over the whole region: copies of hidden units, and of inputs that several parts read."""
+    """Branches as a structure over the whole region: copies of hidden units, and of inputs that several parts read.
+
+    Parts are named in the order of their outputs, so that these need no rearranging where each part's lie together.
+    """
+    found = in_order(found)
     labels: dict[int, Labels] = {}
     copies: dict[int, NDArray[np.intp]] = {}
     parts = np.arange(found.blocks, dtype=np.int32)
