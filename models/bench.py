@@ -19,12 +19,20 @@ from typing import Any
 import click
 from rich.console import Console
 
-from models import bench_compile, bench_decision, bench_forms, bench_networks, bench_planted
+from models import (
+    bench_compile,
+    bench_decision,
+    bench_forms,
+    bench_independent,
+    bench_networks,
+    bench_planted,
+)
 from models.bench_common import Section, machine, markdown
 
 SECTIONS: dict[str, Section] = {
     "planted": bench_planted.SECTION,
     "networks": bench_networks.SECTION,
+    "independent": bench_independent.SECTION,
     "forms": bench_forms.SECTION,
     "decision": bench_decision.SECTION,
     "compile": bench_compile.SECTION,

@@ -44,8 +44,10 @@ CASES = (
     Case("towers/shrunk", 0.07, "the same, with a change that its user allows"),
     Case("towers/untouched", 0.1, "masked training, no decay: plain removal changes the function"),
     Case("digits", 0.05, "an ordinary dense network: no blocks, much redundancy"),
-    Case("ranker", 0.05, "sparse inputs, ordinary training"),
-    Case("towers/dense", 0.05, "four tasks, ordinary training"),
+    Case("ranker", 0.03, "sparse inputs, ordinary training: units and inputs that it can do without"),
+    Case("towers/dense", 0.1, "four unrelated tasks, ordinary training: parts that only the function shows"),
+    Case("shared", 0.1, "three tasks that share an input, ordinary training"),
+    Case("coupled", 0.05, "two tasks that need the same inputs: no parts, and none are claimed"),
 )
 
 

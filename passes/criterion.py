@@ -10,7 +10,7 @@ docs/statistics.md, where every error rate is measured.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, NamedTuple
 
@@ -81,7 +81,9 @@ def snapshot_evidence(W: Matrix, W0: Matrix, seed: int = 0) -> Evidence:
     z += W
     z[W == 0] = 0
     z /= np.float32(fit.scale)
-    return _evidence("snapshot", z, frozen, fit, seed)
+    found = _evidence("snapshot", z, frozen, fit, seed)
+    untouched = float(untouched_rows(W, W0, 1.0 if fit.atom is None else fit.atom).mean())
+    return replace(found, summary={**found.summary, "untouched_rows": untouched})
 
 
 def _frozen(W: Matrix, W0: Matrix, fit: NullFit) -> NDArray[np.bool_] | None:
@@ -94,6 +96,19 @@ def _frozen(W: Matrix, W0: Matrix, fit: NullFit) -> NDArray[np.bool_] | None:
     for rows in slabs(W):
         frozen[rows] |= np.abs(W[rows] - np.float32(fit.atom) * W0[rows]) <= tolerance
     return frozen
+
+
+def untouched_rows(W: Matrix, W0: Matrix, shrink: float) -> NDArray[np.bool_]:
+    """Rows [K] of W that are c W0 to the rounding of float32: inputs that were never active in training.
+
+    Tighter than `frozen`, which forgives the rounding of many steps: a row that learned almost nothing did learn.
+    """
+    still = np.empty(len(W), np.bool_)
+    for rows in slabs(W):
+        expected = np.float32(shrink) * W0[rows]
+        apart = np.abs(W[rows] - expected) > 4 * np.finfo(np.float32).eps * np.abs(expected)
+        still[rows] = ~apart.any(axis=1)
+    return still
 
 
 def distribution_evidence(W: Matrix, scores: Scores, std: float, seed: int = 0) -> Evidence:

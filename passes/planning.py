@@ -49,6 +49,10 @@ THRESHOLDS = tuple(np.geomspace(0.7, 1e-5, 64))
 MARGIN = 0.95
 """Share of the tolerance that may be spent on the select part, so that unseen data still pass."""
 
+PREFERRED = 1.5
+"""Weight of a slice's gain: what it removes is leakage between parts, so that the task suffers less than from the same
+change of the outputs elsewhere (docs/benchmarks.md)."""
+
 EXACT = 1e-6
 """Change of the outputs on held-back samples up to which a removal counts as exact."""
 
@@ -127,6 +131,7 @@ class Verdict:
     judged: Judged | None
     reason: str = "applied"
     numbers: dict[str, float] = field(default_factory=dict)
+    sliced: bool = False
     passed_over: tuple[Verdict, ...] = ()
     """What was declined on the way: blocks that change too much, say, where fewer units were kept instead."""
 
@@ -304,13 +309,17 @@ class Planner:
             # Where the structure alone changes too much, dropping units on top only adds to that.
             start = structures if structures and tried[0].reason != "tolerance" else ()
             tried.append(self._reduced(region, start, budget))
-        sliced = self.program.slices.get(region.name)
+        # Where blocks that the weights show were kept, the function has no others to show.
+        accepted = bool(structures) and tried[0].judged is not None
+        sliced = None if accepted else self.program.slices.get(region.name)
         if sliced is not None:
             tried.append(self._sliced(region, sliced, budget))
         fitting = [verdict for verdict in tried if verdict.judged is not None]
         if not fitting:
             return tried[0] if structures else tried[-1] if sliced else Verdict(None, "no-structure")
-        best = max(fitting, key=lambda verdict: verdict.numbers["gain"])
+        best = max(
+            fitting, key=lambda verdict: verdict.numbers["gain"] * (PREFERRED if verdict.sliced else 1.0)
+        )
         passed_over = tuple(verdict for verdict in tried[:1] if structures and verdict.judged is None)
         first = tried[0].numbers if structures else {}
         return replace(best, numbers=first | best.numbers, passed_over=passed_over)
@@ -335,7 +344,7 @@ class Planner:
         verdict = self._reduced(region, [sliced], budget, whole.refitted)
         if verdict.judged is None and whole.candidate.gain >= WORTHWHILE:
             verdict = Verdict(whole, numbers={"change": whole.change, "gain": whole.candidate.gain})
-        return replace(verdict, numbers=verdict.numbers | numbers)
+        return replace(verdict, numbers=verdict.numbers | numbers, sliced=True)
 
     def _reduced(
         self,
