@@ -8,21 +8,18 @@ blocks do; everything else stays: embedding, norms, activations, attention's own
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from rich.table import Table
 
-from models.bench_common import Section, compare, save, table, times
+from models.bench_common import Section, compare, kernel_events, save, table, times
 from models.bench_planted import PRODUCTS
 from models.networks import EVERY, Network, PlantedNetwork, build, calibration
 from models.planted import Labels
@@ -172,22 +169,9 @@ def node_times(
     model: onnx.ModelProto, feeds: Arrays, threads: int | None, runs: int = 15
 ) -> dict[Node, float]:
     """Microseconds of each node: the median over the runs, since other programs use the machine too."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        for _ in range(runs):
-            session.run(None, dict(feeds))
-        events = json.loads(Path(session.end_profiling()).read_text())
     spent: dict[Node, list[float]] = defaultdict(list)
-    for event in events:
-        name = event["name"]
-        if event.get("cat") == "Node" and name.endswith("_kernel_time"):
-            spent[name.removesuffix("_kernel_time"), event["args"]["op_name"]].append(event["dur"])
+    for event in kernel_events(model, feeds, threads, runs):
+        spent[event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]].append(event["dur"])
     return {node: float(np.median(found)) for node, found in spent.items()}
 
 

@@ -8,21 +8,18 @@ The ideal: what the dense model spends outside matrix products stays, the produc
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from rich.table import Table
 
-from models.bench_common import Section, compare, save, table, times
+from models.bench_common import Section, compare, kernel_events, save, table, times
 from models.planted import INPUT, Planted, build
 from onnx_decomp import model_io
 from onnx_decomp.compiler import compile_model
@@ -131,19 +128,7 @@ def product_share(model: onnx.ModelProto, feeds: Arrays, threads: int | None) ->
 
 def node_times(model: onnx.ModelProto, feeds: Arrays, threads: int | None, runs: int = 10) -> Counter[str]:
     """Microseconds of one run by operator, the first run left out."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        for _ in range(runs + 1):
-            session.run(None, dict(feeds))
-        events = json.loads(Path(session.end_profiling()).read_text())
-    kernels = [event for event in events if event.get("cat") == "Node" and "op_name" in event["args"]]
-    kernels = [event for event in kernels if event["name"].endswith("_kernel_time")]
+    kernels = kernel_events(model, feeds, threads, runs + 1)
     spent: Counter[str] = Counter()
     for event in kernels[len(kernels) // (runs + 1) :]:
         spent[event["args"]["op_name"]] += event["dur"] / runs

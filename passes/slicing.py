@@ -9,6 +9,7 @@ own outputs; planning then drops those that it can do without.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -54,13 +55,12 @@ class Slicing:
             return
         probe = Probe(program.index, (), program.source.folder, [region.entries[0] for region in chosen])
         for region in chosen:
-            self._slice(program, region, probe)
+            # Where the whole model runs but this part by itself does not, nothing is claimed of it.
+            with contextlib.suppress(RunError):
+                self._slice(program, region, probe)
 
     def _slice(self, program: Program, region: Region, probe: Probe) -> None:
-        try:
-            forward = Forward(program.index, region)
-        except RunError:
-            return  # the whole model runs, this part by itself does not: nothing is claimed of it
+        forward = Forward(program.index, region)
         x = self._entry(program, region, probe, "fit")
         rng = np.random.default_rng(program.options.seed)
         fields = fields_of(x)
@@ -71,6 +71,7 @@ class Slicing:
             return
         held = self._entry(program, region, probe, "select")
         loss = off_influence(forward, held, found.members, found.outputs, rng)
+        # Left out inputs will stand at their mean or, if others tell of them, be made up for: the milder loss counts.
         worst = float(np.minimum(loss.upper, loss.clamped_upper).max())
         numbers = {"influence": found.off, "p": found.p, "off_block": worst, "parts": float(found.blocks)}
         if worst > self.budget:
