@@ -79,11 +79,7 @@ def outer_tensors(index: GraphIndex, region: Region) -> tuple[str, ...]:
     made = {name for position in region.nodes for name in index.node(position).output}
     reads = [site.input for site in region.sites]
     reads += [name for position in region.links for name in index.node(position).input if name]
-    return tuple(name for name in dict.fromkeys(reads) if name not in made and not _constant(index, name))
-
-
-def _constant(index: GraphIndex, name: str) -> bool:
-    return name in index.stored or index.resolve(name) is not None
+    return tuple(name for name in dict.fromkeys(reads) if name not in made and index.resolve(name) is None)
 
 
 def _feeders(index: GraphIndex, region: Region) -> set[int]:
@@ -93,7 +89,7 @@ def _feeders(index: GraphIndex, region: Region) -> set[int]:
     while pending:
         name = pending.pop()
         position = index.producer.get(name)
-        if position is not None and name not in index.stored and _constant(index, name):
+        if position is not None and name not in index.stored and index.resolve(name) is not None:
             found.add(position)
             pending += index.node(position).input
     return found

@@ -62,7 +62,10 @@ def fold_units(moments: Moments, readers: Sequence[Affine], proven: Proven | Non
     if proven is not None:
         still = proven.constant
     unread = ~np.any([reader.weight.any(axis=1) for reader in readers], axis=0)
-    twin = _twins(moments.xx, ~still & ~unread) if proven is None else np.where(still, onto, proven.twin)
+    if proven is None:
+        twin = _twins(moments.xx, ~still & ~unread)
+    else:  # a unit that goes itself, because nothing reads it, stands for no other
+        twin = np.where(still | unread[proven.twin], onto, proven.twin)
     copied = twin != onto
     onto[copied] = twin[copied]
     slope[copied] = moments.xx[copied, twin[copied]] / np.maximum(

@@ -102,3 +102,18 @@ def test_weights_prove_copies_only_where_units_are_treated_alike(alike: bool) ->
     found = prove([Affine(weight, np.zeros(5, np.float32))], alike)
     assert found.constant.tolist() == [False, False, True, False, False]
     assert found.twin.tolist() == ([0, 1, 2, 0, 4] if alike else [0, 1, 2, 3, 4])
+
+
+def test_a_unit_that_is_not_read_stands_for_no_copy() -> None:
+    """Without data: unit 1 copies unit 0, which nothing reads; what reads unit 1 must still get it."""
+    rng = np.random.default_rng(4)
+    weight = rng.standard_normal((4, 3)).astype(np.float32)
+    weight[:, 1] = weight[:, 0]
+    x = rng.standard_normal((50, 4)) @ weight
+    reader = Affine(rng.standard_normal((3, 2)).astype(np.float32), None)
+    reader.weight[0] = 0
+    folding = fold_units(accumulate([(x, x)]), [reader], prove([Affine(weight, None)], alike=True))
+    folded = folding.apply(reader)
+    assert folded.bias is not None
+    np.testing.assert_allclose(x @ folded.weight + folded.bias, x @ reader.weight, atol=1e-5)
+    assert folding.onto.tolist() == [UNREAD, 1, 2]
