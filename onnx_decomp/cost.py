@@ -9,20 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
-Layer = Sequence[tuple[int, int]]
-"""The blocks of one layer, each inputs x outputs."""
+Layer = Sequence[tuple[int, ...]]
+"""The blocks of one layer, each by the widths it passes through: inputs, the rank between where it is written as two
+products, outputs."""
+
+
+def width_in(layer: Layer) -> int:
+    return sum(widths[0] for widths in layer)
+
+
+def width_out(layer: Layer) -> int:
+    return sum(widths[-1] for widths in layer)
+
+
+def products(layer: Layer) -> list[tuple[int, int]]:
+    """Every product of the layer, inputs x outputs."""
+    return [product for widths in layer for product in pairwise(widths)]
 
 
 class CostModel(Protocol):
-    """Microseconds for T rows. Sizes count columns, `ks` and `ns` those of each block."""
+    """Microseconds for T rows. Sizes count columns."""
 
     def dense(self, T: int, K: int, N: int) -> float:
         """One MatMul with its bias."""
 
-    def parallel(self, T: int, ks: Sequence[int], ns: Sequence[int]) -> float:
-        """Split, one MatMul for each block, Concat, bias."""
+    def parallel(self, T: int, layer: Layer) -> float:
+        """Split, one MatMul for each block (two where it is factored), Concat, bias."""
 
     def batched(self, T: int, G: int, k: int, n: int) -> float:
         """Transpose, one MatMul [G, k, n], Transpose, bias."""
@@ -52,19 +67,19 @@ class CPU:
     def dense(self, T: int, K: int, N: int) -> float:
         return self.node + self._product(T, K * N, 8)
 
-    def parallel(self, T: int, ks: Sequence[int], ns: Sequence[int]) -> float:
-        weights = sum(k * n for k, n in zip(ks, ns, strict=True))
-        moved = self.copy * T * (sum(ks) + sum(ns))
-        return self.node * (len(ks) + 3) + moved + self._product(T, weights, 8)
+    def parallel(self, T: int, layer: Layer) -> float:
+        weights = sum(k * n for k, n in products(layer))
+        moved = self.copy * T * (width_in(layer) + width_out(layer))
+        return self.node * (len(products(layer)) + 3) + moved + self._product(T, weights, 8)
 
     def batched(self, T: int, G: int, k: int, n: int) -> float:
         # Batched weights are packed anew at every run: three times the overhead of a small T.
         return self.node * 5 + self.copy * T * G * (k + n) + self._product(T, G * k * n, 24)
 
     def chain(self, T: int, layers: Sequence[Layer]) -> float:
-        nodes = sum(2 * len(layer) for layer in layers) - len(layers[0]) + 2
-        moved = self.copy * T * (sum(k for k, _ in layers[0]) + sum(n for _, n in layers[-1]))
-        weights = sum(k * n for layer in layers for k, n in layer)
+        nodes = sum(len(products(layer)) + len(layer) for layer in layers) - len(layers[0]) + 2
+        moved = self.copy * T * (width_in(layers[0]) + width_out(layers[-1]))
+        weights = sum(k * n for layer in layers for k, n in products(layer))
         return self.node * nodes + moved + self._product(T, weights, 8)
 
     def gather(self, T: int, width: int, run: int) -> float:
@@ -95,9 +110,9 @@ class CUDA:
     def dense(self, T: int, K: int, N: int) -> float:
         return self._product(T, 1, K, N) + self._moved(T * N)
 
-    def parallel(self, T: int, ks: Sequence[int], ns: Sequence[int]) -> float:
-        products = sum(self._product(T, 1, k, n) for k, n in zip(ks, ns, strict=True))
-        return self._moved(T * sum(ks)) + products + 2 * self._moved(T * sum(ns))
+    def parallel(self, T: int, layer: Layer) -> float:
+        inside = sum(self._product(T, 1, k, n) for k, n in products(layer))
+        return self._moved(T * width_in(layer)) + inside + 2 * self._moved(T * width_out(layer))
 
     def batched(self, T: int, G: int, k: int, n: int) -> float:
         # The first Transpose is fused into the MatMul; at one row the second is only a Reshape.
@@ -105,12 +120,9 @@ class CUDA:
         return self._product(T, G, k, n) + back + self._moved(T * G * n)
 
     def chain(self, T: int, layers: Sequence[Layer]) -> float:
-        inside = sum(self._product(T, 1, k, n) + self._moved(T * n) for layer in layers for k, n in layer)
-        return (
-            self._moved(T * sum(k for k, _ in layers[0]))
-            + inside
-            + self._moved(T * sum(n for _, n in layers[-1]))
-        )
+        inside = sum(self._product(T, 1, k, n) for layer in layers for k, n in products(layer))
+        inside += sum(self._moved(T * widths[-1]) for layer in layers for widths in layer)
+        return self._moved(T * width_in(layers[0])) + inside + self._moved(T * width_out(layers[-1]))
 
     def gather(self, T: int, width: int, run: int) -> float:
         return self._moved(T * width) * (

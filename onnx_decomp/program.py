@@ -32,6 +32,8 @@ Labels = NDArray[np.int32]
 DROPPED = -1
 
 Form = Literal["dense", "chain", "parallel", "batched"]
+Outcome = Literal["split", "low-rank", "reduced"]
+"""What a rewrite does to its region, by the most that it does to any site."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Segment:
 
     labels: for each of their groups the block of each element. blocks == 1 is dense, maybe reduced. Elements labelled
     DROPPED are not computed: their effect is folded into the bias.
+    ranks: by position of a site the rank of each of its blocks, which is written as two thin products where that takes
+    fewer multiplications (`folding.block_rank`); a site that is not listed is not factored.
     """
 
     sites: tuple[int, ...]
@@ -103,16 +107,20 @@ class Segment:
     blocks: int
     form: Form = "dense"
     copies: Copies = field(default_factory=dict)
+    ranks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """What replaces a region: dense-equivalent affine maps, zero wherever the segments say that nothing is read."""
+    """What replaces a region: dense-equivalent affine maps, zero wherever the segments say that nothing is read.
+
+    A block that the segments factor has their rank exactly: its two sides are found from it when it is written.
+    """
 
     region: Region
     segments: tuple[Segment, ...]
     affine: tuple[Affine, ...]
-    decision: Literal["split", "reduced"]
+    decision: Outcome
     reason: str
     change: float = float("nan")
     """Change of the outputs on the select part, by the metric, with this and every earlier rewrite in place."""

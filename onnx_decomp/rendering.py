@@ -65,9 +65,18 @@ def summary(report: Report) -> list[str]:
     else:
         changes = [c["rel_l2"] for c in check["outputs"].values() if c["rel_l2"] is not None]
         largest = f"largest relative change {_number(max(changes))}" if changes else "no float outputs"
+        if report["evaluate"] is None:
+            largest += f"; {check['metric']} {'within' if check['passed'] else 'beyond'} "
+            largest += f"the tolerance of {_number(check['tolerance'])}"
+        for name, own in check["outputs"].items():
+            if "metric" in own:
+                largest += f", {name}: {own['metric']} of {_number(own['tolerance'])}"
+        lines.append(f"outputs: {largest}")
+    score = report["evaluate"]
+    if score is not None and score["after"] is not None:
         lines.append(
-            f"outputs: {largest}; {check['metric']} {'within' if check['passed'] else 'beyond'} "
-            f"the tolerance of {_number(check['tolerance'])}"
+            f"score of {score['function']}: {score['before']:.5g} -> {score['after']:.5g}, "
+            f"within the tolerance of {_number(score['tolerance'])}"
         )
     latency = report["latency"]
     if isinstance(latency, str):
@@ -84,7 +93,7 @@ def summary(report: Report) -> list[str]:
 
 def describe_site(site: Mapping[str, Any]) -> list[str]:
     """All that a report says of one site, a fact a line."""
-    form = f" as {site['form']}" if site["form"] else ""
+    form = f" as {_form(site)}" if site["form"] else ""
     lines = [
         f"{site['node']}: {site['op']} {_shape(site)} {site['dtype']}",
         f"  weight: {site['weight']}, in {site['graph']}",
@@ -155,11 +164,17 @@ def _row(site: Mapping[str, Any]) -> tuple[str, ...]:
         "-" if null is None else null["kind"] if null["fits"] is not False else f"{null['kind']} (no fit)",
         str(len(structure["blocks"])) if structure else "-",
         site["decision"],
-        site["form"] or "-",
+        _form(site),
         _number(site["flop_ratio"]),
         _number(measured),
         _why(site),
     )
+
+
+def _form(site: Mapping[str, Any]) -> str:
+    """How it is written, and between products of which rank."""
+    rank = f", rank {site['rank']}" if site["rank"] is not None else ""
+    return f"{site['form'] or '-'}{rank}"
 
 
 def _why(site: Mapping[str, Any]) -> str:

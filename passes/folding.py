@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import linalg
 
 from onnx_decomp.axes import Region
-from onnx_decomp.program import DROPPED, Copies, Form, Labels, Rewrite, Segment, Structure
+from onnx_decomp.program import DROPPED, Copies, Form, Labels, Outcome, Rewrite, Segment, Structure
 
 Indices = NDArray[np.intp]
 Keep = Mapping[int, NDArray[np.bool_]]
@@ -139,9 +141,54 @@ def block_sizes(region: Region, segment: Segment, site: int) -> list[tuple[int, 
     return [(int(k), int(n)) for k, n in zip(rows, columns, strict=True)]
 
 
+def block_rank(segment: Segment, site: int, block: int, k: int, n: int) -> int | None:
+    """Rank between the two products in which a block of k rows and n columns is written; None where it stays whole.
+
+    It stays whole where two products would take no fewer multiplications. An axis between them is never empty: not
+    every runtime takes one.
+    """
+    if site not in segment.ranks:
+        return None
+    rank = max(segment.ranks[site][block], 1)
+    return rank if rank * (k + n) < k * n else None
+
+
+def block_ranks(region: Region, segment: Segment, site: int) -> tuple[int, ...]:
+    """Rank that each block of one site can have as it is written."""
+    return tuple(min(widths) for widths in block_widths(region, segment, site))
+
+
+def block_widths(region: Region, segment: Segment, site: int) -> list[tuple[int, ...]]:
+    """Widths that each block of one site passes through: inputs, the rank where it is factored, outputs."""
+    found: list[tuple[int, ...]] = []
+    for block, (k, n) in enumerate(block_sizes(region, segment, site)):
+        rank = block_rank(segment, site, block, k, n)
+        found.append((k, n) if rank is None else (k, rank, n))
+    return found
+
+
+def site_flops(region: Region, segment: Segment, site: int) -> int:
+    """Multiply-adds times two for one row, of one site."""
+    return sum(2 * k * n for widths in block_widths(region, segment, site) for k, n in pairwise(widths))
+
+
 def kept_flops(region: Region, segment: Segment) -> int:
     """Multiply-adds times two for one row, of all sites of the segment."""
-    return sum(2 * k * n for site in segment.sites for k, n in block_sizes(region, segment, site))
+    return sum(site_flops(region, segment, site) for site in segment.sites)
+
+
+def site_rank(region: Region, segment: Segment, site: int) -> int | None:
+    """Largest rank that one site can have as it is written, over all blocks; None where none is factored."""
+    found = block_widths(region, segment, site)
+    return sum(min(widths) for widths in found) if any(len(widths) > 2 for widths in found) else None
+
+
+def decision_of(region: Region, segments: Sequence[Segment]) -> Outcome:
+    """What a rewrite with these segments is called."""
+    if any(segment.blocks > 1 for segment in segments):
+        return "split"
+    ranks = [site_rank(region, segment, site) for segment in segments for site in segment.sites]
+    return "reduced" if ranks.count(None) == len(ranks) else "low-rank"
 
 
 def forms(region: Region, segment: Segment) -> Iterator[Form]:
@@ -150,9 +197,26 @@ def forms(region: Region, segment: Segment) -> Iterator[Form]:
         yield "dense"
         return
     yield "chain" if len(segment.sites) > 1 else "parallel"
-    sizes = [block_sizes(region, segment, site) for site in segment.sites]
-    if region.flat and all(len(set(site)) == 1 for site in sizes):
+    sites = [block_widths(region, segment, site) for site in segment.sites]
+    if region.flat and all(len(set(widths)) == 1 and len(widths[0]) == 2 for widths in sites):
         yield "batched"
+
+
+def factors(weight: NDArray[np.float32], rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A [K, rank] and B [rank, N] with A B = W of that rank, the singular values split evenly between them.
+
+    From the smaller Gram matrix: several times quicker than a decomposition of W itself, and as exact as W is in
+    float64. Sides of the same size are what float16 needs.
+    """
+    if weight.shape[0] > weight.shape[1]:
+        right, left = factors(weight.T, rank)
+        return left.T, right.T
+    wide = weight.astype(np.float64)
+    leading = [len(wide) - rank, len(wide) - 1]
+    squares, vectors = linalg.eigh(wide @ wide.T, subset_by_index=leading)
+    scale = np.maximum(squares, max(1e-14 * squares[-1], 1e-60)) ** 0.25  # W may have less than that rank
+    down, up = vectors * scale, vectors.T @ wide / scale[:, None]
+    return down.astype(np.float32), up.astype(np.float32)
 
 
 # --- orders -------------------------------------------------------------------------------------------------------

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from onnx_decomp.axes import Region
 from onnx_decomp.cost import CostModel
-from onnx_decomp.passes.folding import Layout, block_sizes, forms
+from onnx_decomp.passes.folding import Layout, block_widths, forms
 from onnx_decomp.program import Form, Segment
 
 
 def segment_time(cost: CostModel, rows: int, region: Region, segment: Segment, form: Form) -> float:
     """Predicted microseconds of one segment in the given form."""
-    layers = [block_sizes(region, segment, site) for site in segment.sites]
+    layers = [block_widths(region, segment, site) for site in segment.sites]
     if form == "dense":
-        return sum(cost.dense(rows, k, n) for ((k, n),) in layers)
+        return sum(cost.dense(rows, k, n) for (widths,) in layers for k, n in pairwise(widths))
     if form == "batched":
-        return sum(cost.batched(rows, segment.blocks, *layer[0]) for layer in layers)
+        return sum(cost.batched(rows, segment.blocks, k, n) for (k, n), *_ in layers)
     if form == "parallel":
         (layer,) = layers
-        return cost.parallel(rows, [k for k, _ in layer], [n for _, n in layer])
+        return cost.parallel(rows, layer)
     return cost.chain(rows, layers)
 
 

@@ -12,7 +12,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnx_decomp.passes.folding import Crossing, Layout, entering, leaving, members
+from onnx_decomp.passes.folding import Crossing, Layout, block_rank, entering, factors, leaving, members
 from onnx_decomp.passes.fragments import Fragment, Value
 from onnx_decomp.program import Rewrite, Segment
 from onnx_decomp.runtime import Device
@@ -333,7 +333,7 @@ class Writer:
 
 @dataclass(frozen=True)
 class Branches:
-    """One value for each block: Split, a Gemm or an operator for each, Concat."""
+    """One value for each block: Split, a Gemm (behind a MatMul where factored) or an operator for each, Concat."""
 
     writer: Writer
     segment: Segment
@@ -376,8 +376,14 @@ class Branches:
         site, affine = writer.rewrite.region.sites[at], writer.rewrite.affine[at]
         rows, columns = writer.cells(at, self.segment, block)
         tag = f"block_{block:02d}"
-        weight = make.weight(f"{site.weight}.decomp.{tag}", affine.weight[np.ix_(rows, columns)], site.dtype)
-        stem = f"{site.name}/decomp/{tag}"
+        stem, name = f"{site.name}/decomp/{tag}", f"{site.weight}.decomp.{tag}"
+        kept = affine.weight[np.ix_(rows, columns)]
+        rank = block_rank(self.segment, at, block, len(rows), len(columns))
+        if rank is not None:
+            down, kept = factors(kept, rank)
+            side = make.weight(f"{name}.down", down, site.dtype)
+            value, name = make.one("MatMul", f"{stem}/Down", [value, side]), f"{name}.up"
+        weight = make.weight(name, kept, site.dtype)
         if affine.bias is None:
             return make.one("MatMul", f"{stem}/MatMul", [value, weight], into=into)
         bias = make.weight(
@@ -427,11 +433,8 @@ class Batched:
 
     def leave(self, value: Value, crossing: Crossing, _axis: int, tensor: str, into: str | None) -> Value:
         """[G, T, n] -> [T, N] in the axis' own order of blocks, then the last bias, once."""
-        make, stem, region = (
-            self.writer.fragment,
-            self.writer._stem(self.number, -1),
-            self.writer.rewrite.region,
-        )
+        make, region = self.writer.fragment, self.writer.rewrite.region
+        stem = self.writer._stem(self.number, -1)
         value = self._resequenced(value, range(self.segment.blocks), crossing.sequence, f"{stem}/order")
         value = make.one("Transpose", f"{stem}/Together", [value], perm=[1, 0, 2])
         joined = make.integers(f"{stem}/joined", [-1, sum(crossing.sizes)])

@@ -23,7 +23,7 @@ SIZES = st.integers(8, 512).map(lambda n: 8 * n)
     ],
 )
 def test_the_split_form_on_cpu(T: int, K: int, N: int, G: int, measured: float) -> None:
-    found = cpu().dense(T, K, N) / cpu().parallel(T, [K // G] * G, [N // G] * G)
+    found = cpu().dense(T, K, N) / cpu().parallel(T, [(K // G, N // G)] * G)
     assert found == pytest.approx(measured, rel=0.25)
 
 
@@ -53,7 +53,7 @@ def test_dense_layers_on_the_roofline(K: int, T: int, microseconds: float) -> No
 
 
 def test_gpus_prefer_one_batched_product() -> None:
-    assert cuda().batched(128, 4, 256, 256) < cuda().parallel(128, [256] * 4, [256] * 4)
+    assert cuda().batched(128, 4, 256, 256) < cuda().parallel(128, [(256, 256)] * 4)
     assert cuda().batched(128, 4, 256, 256) >= cuda().dense(
         128, 1024, 1024
     )  # nothing to gain on small layers
@@ -63,6 +63,6 @@ def test_gpus_prefer_one_batched_product() -> None:
 @given(T=st.integers(1, 4096), K=SIZES, N=SIZES)
 def test_times_grow_with_sizes(cost: CostModel, T: int, K: int, N: int) -> None:
     assert 0 < cost.dense(T, K, N) <= cost.dense(T, K, 2 * N) <= cost.dense(T, 2 * K, 2 * N)
-    assert cost.parallel(T, [K, K], [N, N]) <= cost.parallel(T, [K, 2 * K], [N, N])
+    assert cost.parallel(T, [(K, N)] * 2) <= cost.parallel(T, [(K, N), (2 * K, N)])
     assert cost.batched(T, 2, K, N) <= cost.batched(T, 4, K, N)
     assert cost.gather(T, K, 1) >= cost.gather(T, K, 32)
