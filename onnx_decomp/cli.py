@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnx_decomp.errors import DecompError, RequireChangeError, UsageError
-from onnx_decomp.flags import FILE, Console, compile_options, debug_option, output_options
-from onnx_decomp.options import Options
+from onnx_decomp.flags import FILE, Console, compile_options, debug_option, options_from, output_options
 from onnx_decomp.progress import Progress, Silent
 from onnx_decomp.terminal import printable
 
@@ -144,10 +143,11 @@ def compile_command(
 ) -> None:
     """Decompose IN.onnx into OUT.onnx."""
     bars = sys.stderr.isatty() and not (quiet or no_progress)
-    options = Options(**values, progress=bars)
+    options = options_from(values, progress=bars)
     if out is None and not options.dry_run:
         raise click.UsageError("Missing argument 'OUT.onnx': name the file to write, or try --dry-run")
     given = {"IN": source, "--init": options.init, "--calib": options.calib, "--replay": options.replay}
+    given["--evaluate"] = Path(options.evaluate.rpartition(":")[0]) if options.evaluate else None
     _check_files(given, {"OUT": out, "--report": report_path, "--html": html_path})
 
     from onnx_decomp.compiler import compile_file

@@ -22,11 +22,13 @@ from threadpoolctl import threadpool_limits
 from onnx_decomp import calibration, model_io, runtime, verify
 from onnx_decomp.axes import find_regions
 from onnx_decomp.calibration import Data
-from onnx_decomp.errors import CannotVerifyError, DecompError, InputError, ProviderError
+from onnx_decomp.errors import CannotVerifyError, DecompError, InputError, ProviderError, UsageError
+from onnx_decomp.evaluation import Evaluation
+from onnx_decomp.evaluation import load as load_evaluation
 from onnx_decomp.init_stats import load_nulls, module_scopes
 from onnx_decomp.latency import Latency
 from onnx_decomp.latency import compare as compare_latency
-from onnx_decomp.metrics import Verification, compare_outputs
+from onnx_decomp.metrics import Limits, Verification, compare_outputs, wilson
 from onnx_decomp.model_io import ModelFile
 from onnx_decomp.options import Options
 from onnx_decomp.passes.annealing import Annealing
@@ -35,7 +37,7 @@ from onnx_decomp.passes.criterion import Criterion
 from onnx_decomp.passes.planning import Planning
 from onnx_decomp.passes.slicing import Slicing
 from onnx_decomp.passes.splitting import Splitting, emit
-from onnx_decomp.probe import Probe, outer_tensors
+from onnx_decomp.probe import Probe, outer_tensors, stream_of
 from onnx_decomp.program import Pass, Program, Rewrite
 from onnx_decomp.progress import Progress, Silent
 from onnx_decomp.report import Measured, build, record_output
@@ -78,6 +80,8 @@ class Gates:
 
     verification: Verification | None = None
     rewrite_change: float = 0.0
+    scores: tuple[float, float] | None = None
+    """Of the original and of the written model on the report part, where the user has a function for it."""
     latency: Latency | None = None
     offender: str | None = None
     why: str = ""
@@ -98,16 +102,25 @@ class Run:
     """Provider whose forms are written."""
     provider: Device = "cpu"
     """Provider that things are measured on here."""
+    evaluation: Evaluation | None = None
+    """The user's own score, which decides instead of the metric."""
 
     def compile(self) -> tuple[Program, onnx.ModelProto | None]:
         """The program with everything decided, and the written model or None where nothing was kept."""
         self._choose_provider()
+        self._check_limits()
+        if self.options.evaluate is not None:
+            self.evaluation = load_evaluation(self.options.evaluate, self.options.tolerance)
         self.progress.stage("reading")
         program = self._open()
         if _stamped(self.source.proto) and not self.options.force:
             return self._nothing(program, "already-compiled")
         if not self._can_verify(program):
             return self._nothing(program, "cannot-verify")
+        if self.evaluation is not None:
+            self.evaluation.original = self.original.run
+            self.evaluation.before("select")  # what is wrong with it shows now, not after planning
+        self._warn_of_few_samples(program)
         self._replay(program)
         self._find(program)
         return program, self._settle(program)
@@ -120,6 +133,15 @@ class Run:
                 raise
             self.provider, self.target = "cpu", "cuda"
             self.warnings.append("CUDA is not available here: written for it, verified on the CPU provider")
+
+    def _check_limits(self) -> None:
+        names = [value.name for value in self.source.proto.graph.output]
+        for output, metric, _ in self.options.limits:
+            if output not in names:
+                option = "--tolerance" if metric is None else "--metric"
+                raise UsageError(
+                    f"{option}: the model has no output {output!r}: it has {', '.join(map(repr, names))}"
+                )
 
     def _open(self) -> Program:
         proto = self.source.proto
@@ -206,6 +228,7 @@ class Run:
         sites = [site for region in program.regions for site in region.sites]
         if sites:
             outer = [name for region in program.regions for name in outer_tensors(program.index, region)]
+            outer += [name for site in sites if (name := stream_of(program.index, site)) is not None]
             program.probe = Probe(program.index, sites, self.source.folder, outer)
             program.rows_per_sample = self._rows_per_sample(program, program.probe)
             self._warn_of_few_rows(program)
@@ -228,6 +251,20 @@ class Run:
                 f"{rows} calibration rows to fit on are few for {widest.name} with {widest.shape[0]} inputs: "
                 f"{ROWS_PER_INPUT} for each input let more be removed"
             )
+
+    def _warn_of_few_samples(self, program: Program) -> None:
+        """So few samples can't show that winners stay: not even if all of them do. One row of classes each."""
+        if program.data.kind != "calibration":
+            return
+        samples, limits = program.data.samples("select"), Limits.asked(self.options)
+        least = wilson(0.0, samples)
+        for value in self.source.proto.graph.output:
+            metric, tolerance = limits.of(value.name)
+            if metric == "top1" and len(value.type.tensor_type.shape.dim) == 2 and least > tolerance:
+                self.warnings.append(
+                    f"{samples} samples to choose on can't show that fewer than {least:.2g} of the winners of "
+                    f"{value.name!r} change, and {tolerance:g} are allowed: give more samples, or allow more"
+                )
 
     def _rows_per_sample(self, program: Program, probe: Probe) -> dict[int, int]:
         feeds = next(program.data.batches("select", BATCH))
@@ -270,11 +307,9 @@ class Run:
         if gates.rewrite_change > self._noise(program.rewrites):
             gates.offender, gates.why = worst, "rounding"
             return gates
-        tolerance = self.options.tolerance + self._own_rounding(program)
-        gates.verification = verify.verify(
-            self.original, candidate, program.data, "report", self.options.metric, tolerance
-        )
-        if not gates.verification.passed:
+        limits = Limits.asked(self.options).widened(self._own_rounding(program))
+        gates.verification = verify.verify(self.original, candidate, program.data, "report", limits)
+        if not gates.verification.passed or self._worse(gates, candidate):
             gates.offender, gates.why = worst, "tolerance"
             return gates
         if self.options.latency_gate:
@@ -282,6 +317,14 @@ class Run:
             if self.options.replay is None and (slow := self._slow_region(program, candidate, gates.latency)):
                 gates.offender, gates.why = slow, "latency"
         return gates
+
+    def _worse(self, gates: Gates, candidate: Session) -> bool:
+        """Whether the user's own score falls by more than the tolerance."""
+        if self.evaluation is None:
+            return False
+        before, after = self.evaluation.compared(candidate.run, "report")
+        gates.scores = before, after
+        return before - after > self.options.tolerance
 
     def _slow_region(self, program: Program, candidate: Session, whole: Latency) -> str | None:
         """The region to undo: the whole is not faster, or it is, but would be faster still without that one."""
@@ -303,15 +346,18 @@ class Run:
         noise = max(FLOAT_NOISE[site.dtype] for rewrite in rewrites for site in rewrite.region.sites)
         return max(noise, TF32_NOISE) if self.provider == "cuda" else noise
 
-    def _own_rounding(self, program: Program) -> float:
-        """How far a float16 original differs from itself when only the order of its sums changes; 0 in float32."""
+    def _own_rounding(self, program: Program) -> dict[str, float]:
+        """How far a float16 original differs from itself when only the order of its sums changes; nothing in float32.
+
+        Of each output by its own metric.
+        """
         halves = [s for rewrite in program.rewrites for s in rewrite.region.sites if s.dtype == np.float16]
         probe = program.probe
         if not halves or probe is None:
-            return 0.0
+            return {}
         batches = program.data.batches("select", BATCH)
         pairs = ((self.original.run(feeds), probe.run(feeds, {})) for feeds in batches)
-        return compare_outputs(pairs, self.options.metric, self.options.tolerance).largest
+        return compare_outputs(pairs, Limits.asked(self.options)).changes
 
     def _rewrite_change(self, program: Program, candidate: Session) -> float:
         """The written model against the dense-equivalent one: the same sums in another order."""
@@ -324,7 +370,7 @@ class Run:
         }
         batches = program.data.batches("select", BATCH)
         pairs = ((probe.run(feeds, placed), candidate.run(feeds)) for feeds in batches)
-        return compare_outputs(pairs, "rel-l2", self.options.tolerance).largest
+        return compare_outputs(pairs, "rel-l2").largest
 
     def _latency(
         self,
@@ -356,11 +402,14 @@ def _stamped(proto: onnx.ModelProto) -> bool:
 def _stamp(written: onnx.ModelProto, program: Program) -> None:
     """Say in the model's own metadata what was done to it; the user's entries stay as they are."""
     options = program.options
+    asked: dict[str, Any] = {"tolerance": options.tolerance, "metric": options.metric, "seed": options.seed}
+    if options.limits:
+        asked["limits"] = options.limits
+    if options.evaluate is not None:
+        asked["evaluate"] = options.evaluate
     said = {
         "version": version(),
-        "options": json.dumps(
-            {"tolerance": options.tolerance, "metric": options.metric, "seed": options.seed}, sort_keys=True
-        ),
+        "options": json.dumps(asked, sort_keys=True),
         "input_sha256": program.source.sha256,
         "verdict": ", ".join(f"{rewrite.region.name}: {rewrite.decision}" for rewrite in program.rewrites),
     }
@@ -404,6 +453,7 @@ def compile_model(
     measured = Measured(
         verification=run.gates.verification,
         rewrite_change=run.gates.rewrite_change,
+        scores=run.gates.scores,
         latency=run.gates.latency,
         history=tuple(run.history),
         warnings=tuple(run.warnings),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
+from click.core import ParameterSource
 
 from onnx_decomp.errors import InputError
-from onnx_decomp.options import Metric, Objective, Provider
+from onnx_decomp.options import Metric, Objective, Options, OwnLimit, Provider
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 FILE_OR_FOLDER = click.Path(path_type=Path)
@@ -35,6 +36,72 @@ def _positive(what: str) -> Callable[[click.Context, click.Parameter, float], fl
         return value
 
     return check
+
+
+def _limits(read: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], Any]:
+    """Values as they are given, `VALUE` or `OUTPUT=VALUE`, as pairs of an output or None, and a value that was read.
+
+    Those of a configuration file come first, so that the command line overrides them one by one.
+    """
+
+    def check(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Any:
+        configured = (ctx.default_map or {}).get(str(param.name), ())
+        if ctx.get_parameter_source(str(param.name)) == ParameterSource.COMMANDLINE:
+            values = (*map(str, configured), *values)
+        pairs = []
+        for value in values:
+            output, assigned, text = value.rpartition("=")
+            if assigned and not output:
+                raise click.BadParameter(f"{value!r} names no output: write OUTPUT=VALUE")
+            pairs.append((output or None, read(text)))
+        return tuple(pairs)
+
+    return check
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a number") from error
+    if not (math.isfinite(value) and value > 0):
+        raise click.BadParameter(f"impossible tolerance {text}: give a number above 0")
+    return value
+
+
+def _metric(text: str) -> str:
+    if text not in get_args(Metric):
+        raise click.BadParameter(f"{text!r} is not one of {', '.join(map(repr, get_args(Metric)))}")
+    return text
+
+
+def options_from(values: Mapping[str, Any], **further: Any) -> Options:
+    """The options that the values of the command line make."""
+    given = dict(values)
+    common: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {}
+    for name in ("metric", "tolerance"):
+        for output, value in given.pop(name):
+            (common if output is None else own.setdefault(output, {}))[name] = value
+    limits: tuple[OwnLimit, ...] = tuple(
+        (output, limit.get("metric"), limit.get("tolerance")) for output, limit in own.items()
+    )
+    if limits and given["evaluate"] is not None:
+        raise click.UsageError(
+            "--evaluate judges by one score: leave out the --metric and --tolerance of single outputs"
+        )
+    return Options(**given, **common, limits=limits, **further)
+
+
+def _script(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """SCRIPT.py:function; whether there is such a function shows when it is loaded."""
+    if value is None:
+        return None
+    path, _, function = value.rpartition(":")
+    if not path or not function.isidentifier():
+        raise click.BadParameter(f"{value!r} names no function: write SCRIPT.py:function")
+    _existing(_ctx, _param, Path(path))
+    return value
 
 
 def _regex(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
@@ -75,9 +142,16 @@ def _default(command: click.Command, path: Path, key: str, value: Any) -> tuple[
         if not isinstance(param, click.Option) or param.name in (None, "config"):
             continue
         if flag in param.opts or flag in param.secondary_opts:
-            if param.is_flag != isinstance(value, bool) or not isinstance(value, bool | int | float | str):
+            listed = value if param.multiple and isinstance(value, list) else [value]
+            if any(
+                param.is_flag != isinstance(item, bool) or not isinstance(item, bool | int | float | str)
+                for item in listed
+            ):
                 kind = "true or false" if param.is_flag else "a number or a text"
+                kind += ", or a list of them" if param.multiple else ""
                 raise click.BadParameter(f"{path}: {key}: {value!r} has to be {kind}")
+            if param.multiple:
+                return str(param.name), [str(item) for item in listed]
             return str(param.name), (not value if flag in param.secondary_opts else value)
     raise click.BadParameter(
         f"{path}: unknown key {key!r}: keys are the names of options, as in min-speedup = 1.1"
@@ -117,18 +191,23 @@ compile_options = _chain(
     ),
     click.option(
         "--tolerance",
-        type=float,
-        default=1e-3,
-        show_default=True,
-        callback=_positive("tolerance"),
-        help="Largest change of any output.",
+        metavar="[OUTPUT=]X",
+        multiple=True,
+        callback=_limits(_tolerance),
+        help=f"Largest change of any output, or of one.  [default: {Options.tolerance:g}]",
     ),
     click.option(
         "--metric",
-        type=click.Choice(get_args(Metric)),
-        default="rel-l2",
-        show_default=True,
-        help="What the tolerance is about.",
+        metavar="[OUTPUT=]NAME",
+        multiple=True,
+        callback=_limits(_metric),
+        help=f"What the tolerance is about: {', '.join(get_args(Metric))}.  [default: {Options.metric}]",
+    ),
+    click.option(
+        "--evaluate",
+        metavar="SCRIPT.py:FUNCTION",
+        callback=_script,
+        help="Run your own score; the tolerance is its largest drop.",
     ),
     click.option(
         "--objective",

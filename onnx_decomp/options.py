@@ -9,6 +9,8 @@ from typing import Literal
 Provider = Literal["cpu", "cuda", "auto"]
 Metric = Literal["rel-l2", "cosine", "top1", "kl", "max-abs"]
 Objective = Literal["latency", "flops", "bytes"]
+OwnLimit = tuple[str, Metric | None, float | None]
+"""(output, metric, tolerance) of one output; None where it is that of all outputs."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Options:
     calib: Path | None = None
     tolerance: float = 1e-3
     metric: Metric = "rel-l2"
+    limits: tuple[OwnLimit, ...] = ()
+    evaluate: str | None = None  # SCRIPT.py:function; the tolerance is then the largest drop of its score
     objective: Objective = "latency"
     provider: Provider = "auto"
     threads: int | None = None  # intra-op threads of the latency gate; None: ONNX Runtime's default

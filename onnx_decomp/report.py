@@ -22,7 +22,7 @@ from onnx_decomp import model_io
 from onnx_decomp.axes import Region
 from onnx_decomp.errors import InputError
 from onnx_decomp.init_stats import InitStats
-from onnx_decomp.passes.folding import block_sizes
+from onnx_decomp.passes.folding import site_flops, site_rank
 from onnx_decomp.program import Program, Rewrite, Segment, Structure
 from onnx_decomp.sites import Site
 
@@ -85,6 +85,8 @@ class Measured:
     """Largest relative L2 distance of the written model from the dense-equivalent one."""
     latency: Latency | None
     seconds: float
+    scores: tuple[float, float] | None = None
+    """Of the original and of the written model, where --evaluate gave a function for it."""
     history: Sequence[Mapping[str, Any]] = ()
     """{round, undone, why} for each round in which a gate undid something."""
     warnings: Sequence[str] = ()
@@ -112,6 +114,7 @@ def build(program: Program, written: onnx.ModelProto | None, measured: Measured)
         "data": {"kind": data.kind} | {part: data.samples(part) for part in PARTS},
         "sites": _sites(program),
         "verify": _verification(measured.verification),
+        "evaluate": _evaluation(program, measured.scores),
         "rewrite": {"max_rel_l2": measured.rewrite_change},
         "latency": dataclasses.asdict(measured.latency) if measured.latency else "not measured",
     }
@@ -165,7 +168,7 @@ def multiplications(rewrite: Rewrite, position: int) -> int:
     segment = _covering(rewrite.segments, position)
     if segment is None:
         return rewrite.region.sites[position].flops // 2
-    return sum(k * n for k, n in block_sizes(rewrite.region, segment, position))
+    return site_flops(rewrite.region, segment, position) // 2
 
 
 def versions() -> dict[str, str]:
@@ -318,8 +321,10 @@ def _outcome(site: Site, rewrite: Rewrite | None, position: int) -> Report:
     if rewrite is None or segment is None:
         return {"decision": "dense", "form": None, "rank": None, "flop_ratio": 1.0}
     count, dense = multiplications(rewrite, position), site.shape[0] * site.shape[1]
-    decision = "split" if segment.blocks > 1 else "reduced" if count < dense else "dense"
-    return {"decision": decision, "form": segment.form, "rank": None, "flop_ratio": count / dense}
+    rank = site_rank(rewrite.region, segment, position)
+    decision = "low-rank" if rank is not None else "reduced" if count < dense else "dense"
+    decision = "split" if segment.blocks > 1 else decision
+    return {"decision": decision, "form": segment.form, "rank": rank, "flop_ratio": count / dense}
 
 
 def _reason(program: Program, site: Site, region: str | None, rewrite: Rewrite | None) -> str | None:
@@ -353,6 +358,10 @@ def _verification(found: Verification | None) -> Report | None:
     if found is None:
         return None
     outputs = {name: dataclasses.asdict(change) for name, change in found.outputs.items()}
+    for name, entry in outputs.items():
+        metric, tolerance = found.limits.of(name)
+        if (metric, tolerance) != (found.metric, found.tolerance):
+            entry |= {"metric": metric, "tolerance": tolerance}
     return {
         "passed": found.passed,
         "metric": found.metric,
@@ -360,6 +369,14 @@ def _verification(found: Verification | None) -> Report | None:
         "reason": found.reason,
         "outputs": outputs,
     }
+
+
+def _evaluation(program: Program, scores: tuple[float, float] | None) -> Report | None:
+    if program.options.evaluate is None:
+        return None
+    before, after = scores or (None, None)
+    told = {"function": program.options.evaluate, "before": before, "after": after}
+    return told | {"tolerance": program.options.tolerance}
 
 
 def _plain(value: Any) -> Any:

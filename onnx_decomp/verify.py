@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx
 
 from onnx_decomp.calibration import Data, Part
 from onnx_decomp.errors import CannotVerifyError
-from onnx_decomp.metrics import Verification, compare_outputs
+from onnx_decomp.metrics import Limits, Verification, compare_outputs
 from onnx_decomp.options import Metric
 from onnx_decomp.runtime import Session
 
@@ -20,13 +22,16 @@ def verify(
     candidate: Session,
     data: Data,
     part: Part,
-    metric: Metric,
-    tolerance: float,
+    limits: Limits | Metric,
+    tolerance: float = math.inf,
     batch: int = BATCH,
 ) -> Verification:
-    """Compare two models on one part of the data. Raises RunError where either fails to run."""
+    """Compare two models on one part of the data. limits, tolerance: as for `compare_outputs`.
+
+    Raises RunError where either fails to run.
+    """
     pairs = ((original.run(feeds), candidate.run(feeds)) for feeds in data.batches(part, batch))
-    return compare_outputs(pairs, metric, tolerance)
+    return compare_outputs(pairs, limits, tolerance)
 
 
 def check_original(session: Session, data: Data, batch: int = BATCH) -> None:

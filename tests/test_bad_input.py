@@ -420,6 +420,11 @@ OUTPUTS = {
     "the report": Case(
         lambda place: [str(place.model), str(place.out), "--report", str(place.out)], USAGE, "--report"
     ),
+    "the script": Case(
+        lambda place: [str(place.model), str(place.folder / "score.py"), *scoring("return 1.0")(place)],
+        USAGE,
+        "--evaluate",
+    ),
     "a device": Case(lambda place: [str(place.model), os.devnull], USAGE, os.devnull),
 }
 
@@ -429,6 +434,10 @@ OPTIONS = {
     "tolerance nan": (["--tolerance", "nan"], USAGE, "--tolerance"),
     "tolerance inf": (["--tolerance", "inf"], USAGE, "--tolerance"),
     "unknown provider": (["--provider", "tpu"], USAGE, "--provider"),
+    "tolerance of no output": (["--tolerance", "logits=0.1"], USAGE, "no output 'logits': it has 'y'"),
+    "metric of no output": (["--metric", "logits=kl"], USAGE, "no output 'logits': it has 'y'"),
+    "no script": (["--evaluate", "no-such.py:score"], INPUT, "no-such.py"),
+    "no function": (["--evaluate", "score.py"], USAGE, "--evaluate"),
     "unknown metric": (["--metric", "psnr"], USAGE, "--metric"),
     "unknown option": (["--fast"], USAGE, "--fast"),
     "include": (["--include", "layers.["], USAGE, "--include"),
@@ -453,6 +462,47 @@ FILES = {
         "another model",
     ),
 }
+
+
+def script(text: str, name: str = "score") -> Spoil:
+    """A script for --evaluate, and the function that is asked for."""
+
+    def spoil(place: Workplace) -> list[str]:
+        (place.folder / "score.py").write_text(text)
+        return ["--evaluate", f"{place.folder / 'score.py'}:{name}"]
+
+    return spoil
+
+
+def scoring(body: str) -> Spoil:
+    return script(f"def score(run, part):\n    {body}\n")
+
+
+SCRIPTS = {
+    "no such function": Case(script("x = 1"), INPUT, "no function 'score'"),
+    "no function": Case(script("score = 1"), INPUT, "'score' is no function"),
+    "not Python": Case(script("def score(run part)"), INPUT, "SyntaxError"),
+    "fails while it loads": Case(
+        script("raise OSError('no data')"), INPUT, "score.py: line 1: OSError: no data"
+    ),
+    "leaves while it loads": Case(script("import sys; sys.exit(0)"), INPUT, "SystemExit: 0"),
+    "fails": Case(scoring("raise KeyError('label')"), INPUT, "score: line 2: KeyError: 'label'"),
+    "leaves": Case(scoring("raise SystemExit"), INPUT, "SystemExit"),
+    "NaN": Case(scoring("return float('nan')"), INPUT, "returned nan for 'select'"),
+    "None": Case(scoring("pass"), INPUT, "returned None"),
+    "text": Case(scoring("return 'good'"), INPUT, "returned 'good'"),
+    "another input": Case(scoring("return run({'z': 1})['y'].mean()"), INPUT, "the model fails to run"),
+    "fails only at the end": Case(scoring("return {'select': 1.0}[part]"), INPUT, "KeyError: 'report'"),
+    "chance": Case(scoring("import random; return random.random()"), CANNOT_VERIFY, "remove the randomness"),
+    "interrupted": Case(scoring("raise KeyboardInterrupt"), INTERRUPTED, "interrupted"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_that_gives_no_score(name: str, place: Workplace, capsys: Capture) -> None:
+    case = SCRIPTS[name]
+    line = [*arguments(place, case.spoil(place)), "--objective", "flops", "--quiet"]
+    check_refused(place, line, case.code, case.says, capsys)
 
 
 @pytest.mark.parametrize("name", OUTPUTS)

@@ -135,7 +135,17 @@ def test_options_may_come_first_and_reach_the_compiler(
         (["--include", "("], "not a regular expression"),
         (["--exclude", "["], "not a regular expression"),
         (["--provider", "tpu"], "'cpu', 'cuda', 'auto'"),
+        (["--tolerance", "y=0"], "impossible tolerance"),
+        (["--tolerance", "0.1", "--tolerance", "y=nan"], "impossible tolerance"),
+        (["--tolerance", "=0.1"], "names no output"),
+        (["--tolerance", "y="], "not a number"),
         (["--metric", "l7"], "'rel-l2'"),
+        (["--metric", "y=l7"], "'rel-l2'"),
+        (["--metric", "=kl"], "names no output"),
+        (["--evaluate", "score.py"], "SCRIPT.py:function"),
+        (["--evaluate", "score.py:"], "SCRIPT.py:function"),
+        (["--evaluate", ":score"], "SCRIPT.py:function"),
+        (["--evaluate", f"{__file__}:score", "--tolerance", "y=0.1"], "one score"),
         (["--jobs", "0"], "--jobs"),
         (["--threads", "0"], "--threads"),
         (["--seed", "-1"], "--seed"),
@@ -171,6 +181,33 @@ def test_an_output_stands_for_no_other_file(
         assert cli.main(arguments) == 2
         error_line(capsys)
     assert compiler.asked == []
+
+
+def test_outputs_have_their_own_metric_and_tolerance(compiler: FakeCompiler, model: str, out: str) -> None:
+    arguments = ["--metric", "kl", "--metric", "a=b=cosine", "--tolerance", "0.01", "--tolerance", "c=0.002"]
+    assert cli.main([model, out, *arguments, "--tolerance", "a=b=3", "--tolerance", "a=b=0.5"]) == 0
+    limits = (("a=b", "cosine", 0.5), ("c", None, 0.002))
+    assert compiler.options == Options(metric="kl", tolerance=0.01, limits=limits)
+
+
+def test_a_configured_tolerance_stands_where_the_command_line_names_another_output(
+    compiler: FakeCompiler, model: str, out: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "decomp.toml"
+    config.write_text('tolerance = [1e-5, "a=0.1", "b=0.2"]\nmetric = "kl"\n')
+    assert cli.main([model, out, "--config", str(config)]) == 0
+    limits = (("a", None, 0.1), ("b", None, 0.2))
+    assert compiler.options == Options(metric="kl", tolerance=1e-5, limits=limits)
+    assert cli.main([model, out, "--config", str(config), "--tolerance", "a=0.5"]) == 0
+    limits = (("a", None, 0.5), ("b", None, 0.2))
+    assert compiler.options == Options(metric="kl", tolerance=1e-5, limits=limits)
+
+
+def test_a_script_is_only_named_here(compiler: FakeCompiler, model: str, out: str, tmp_path: Path) -> None:
+    script = tmp_path / "score.py"
+    script.write_text("raise SystemExit('it was run')\n")
+    assert cli.main([model, out, "--evaluate", f"{script}:score", "--tolerance", "0.02"]) == 0
+    assert compiler.options == Options(evaluate=f"{script}:score", tolerance=0.02)
 
 
 @pytest.mark.parametrize("option", ["--init", "--calib", "--replay"])
@@ -247,7 +284,11 @@ def test_config_gives_defaults_that_the_command_line_overrides(
     ("text", "says"),
     [
         ("tolerence = 0.01", "tolerence"),
-        ("tolerance = [1]", "tolerance"),
+        ("tolerance = [[1]]", "tolerance"),
+        ("tolerance = [true]", "tolerance"),
+        ("tolerance = [0.1, 'y=0']", "impossible tolerance"),
+        ("metric = ['kl', 'y=l7']", "'l7'"),
+        ("min-speedup = [1.0]", "min-speedup"),
         ("tolerance = -1", "impossible tolerance"),
         ("seed = true", "seed"),
         ("force = 1", "true or false"),

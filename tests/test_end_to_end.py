@@ -705,3 +705,85 @@ def test_on_cuda(spec: str, tmp_path: Path) -> None:
     assert code == 0
     check_outcome(made, report)
     assert report["latency"] == "not measured" or report["latency"]["interval"][0] >= 1
+
+
+# Limits of single outputs, and the user's own score
+
+
+SCORE = """
+import pathlib
+import numpy as np
+
+folder = pathlib.Path(__file__).parent
+x = np.load(folder / "calib.npz")["x"]
+parts = {{"select": x[:100], "report": x[100:200]}}
+first = {{}}
+
+def score(run, part):
+    print("scoring", part)
+    with (folder / "calls.txt").open("a") as file:
+        print(part, file=file)
+    y = run({{"x": parts[part]}})["y"]
+    before = first.setdefault(part, y)  # the original comes first
+    return {answer}
+"""
+
+
+def scored(made: Job, answer: str, *options: str) -> tuple[dict[str, Any], list[str]]:
+    """The report with a score of its own, and the parts that it was asked for."""
+    (made.folder / "score.py").write_text(SCORE.format(answer=answer))
+    code, report = made.run(*FREE, "--evaluate", f"{made.folder / 'score.py'}:score", *options)
+    assert code == 0
+    return report, (made.folder / "calls.txt").read_text().split()
+
+
+def test_a_score_that_does_not_drop_lets_a_rewrite_pass(tmp_path: Path, capsys: Capture) -> None:
+    made = planted_job(tmp_path / "m", build(CLEAR))
+    answer = "1 - np.linalg.norm(y - before) / np.linalg.norm(before)"
+    report, calls = scored(made, answer, "--tolerance", "0.01")
+    assert report["kept"] == ["region_000"]
+    told = report["evaluate"]
+    assert told["function"].endswith("score.py:score")
+    assert (told["before"], told["tolerance"]) == (1.0, 0.01)
+    assert 0.99 <= told["after"] <= 1.0
+    assert calls.count("report") == 2
+    assert report["verify"]["passed"]
+    assert report["verify"]["tolerance"] is None
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "scoring report" in captured.err
+    assert captured.err.splitlines()[-1].startswith("onnx-decomp: kept 1 of 1")
+
+
+def test_a_score_that_drops_undoes_what_a_metric_would_let_pass(tmp_path: Path) -> None:
+    made = planted_job(tmp_path / "m", build(CLEAR))
+    report, calls = scored(made, "float(np.array_equal(y, before))", "--tolerance", "0.5")
+    assert report["kept"] == []
+    assert made.out.read_bytes() == made.source.read_bytes()
+    assert "tolerance" in each(report, "reason")
+    assert report["evaluate"] | {"function": ""} == {
+        "function": "", "before": None, "after": None, "tolerance": 0.5,
+    }  # fmt: skip
+    assert "select" in calls
+
+
+def test_an_output_is_judged_by_its_own_metric(tmp_path: Path, capsys: Capture) -> None:
+    planted = build(CLEAR)
+    model = onnx.ModelProto.FromString(planted.model.SerializeToString())
+    model.graph.node.append(helper.make_node("Mul", ["y", "two"], ["twice"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(2), "two"))
+    model.graph.output.append(value("twice", ["N", 64]))
+    made = job(tmp_path / "m", model, planted.snapshot, calibration(planted, 600, seed=1))
+    limits = ("--metric", "twice=max-abs", "--tolerance", "twice=0.25", "--tolerance", "0.01")
+    code, report = made.run(*FREE[:-1], *limits)
+    assert code == 0
+    assert report["kept"] == ["region_000"]
+    check = report["verify"]
+    assert (check["metric"], check["tolerance"]) == ("rel-l2", 0.01)
+    assert (check["outputs"]["twice"]["metric"], check["outputs"]["twice"]["tolerance"]) == ("max-abs", 0.25)
+    assert "metric" not in check["outputs"]["y"]
+    assert report["options"]["limits"] == [["twice", "max-abs", 0.25]]
+    assert "twice: max-abs of 0.25" in capsys.readouterr().err
+    code, report = made.run(*FREE, "--tolerance", "0.01", "--tolerance", "twice=1e-12")
+    assert code == 0
+    assert report["kept"] == []
