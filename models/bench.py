@@ -23,9 +23,11 @@ from models import (
     bench_compile,
     bench_decision,
     bench_forms,
+    bench_frontier,
     bench_independent,
     bench_networks,
     bench_planted,
+    bench_rounding,
 )
 from models.bench_common import Section, machine, markdown
 
@@ -36,6 +38,8 @@ SECTIONS: dict[str, Section] = {
     "forms": bench_forms.SECTION,
     "decision": bench_decision.SECTION,
     "compile": bench_compile.SECTION,
+    "rounding": bench_rounding.SECTION,
+    "frontier": bench_frontier.SECTION,
 }
 
 

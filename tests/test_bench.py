@@ -11,7 +11,15 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from models import bench, bench_compile, bench_decision, bench_forms, bench_networks, bench_planted
+from models import (
+    bench,
+    bench_compile,
+    bench_decision,
+    bench_forms,
+    bench_networks,
+    bench_planted,
+    bench_rounding,
+)
 from models.bench_common import machine, markdown, table
 from models.networks import EVERY, Network
 from models.planted import INPUT, Planted, build
@@ -104,6 +112,18 @@ def test_a_decision_in_a_process_of_its_own() -> None:
     assert row.recovered == 1.0
     assert row.whole >= row.criterion > 0
     assert row.peak > 2  # the weights and their initial values at least
+
+
+def test_rounding_is_measured_in_the_terms_of_tolerances() -> None:
+    rows = bench_rounding.measure_one("digits", 0.01)
+    assert [row.form for row in rows] == ["float16", "int8"]
+    half, int8 = rows
+    assert 1e-5 < half.rel_l2 < 1e-3 < int8.rel_l2 < 0.05
+    assert half.size == pytest.approx(0.5, abs=0.05)
+    assert int8.size == pytest.approx(0.26, abs=0.05)
+    assert all(row.worse[1] <= row.before - row.after <= row.worse[2] for row in rows)
+    (made,) = bench_rounding.tables(rows)
+    assert "| digits | float16 |" in markdown(made)
 
 
 def test_stage_times_add_up_over_rounds() -> None:
