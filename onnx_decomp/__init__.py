@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnx_decomp.compiler import Result, decompose
+    from onnx_decomp.frontiers import Frontier, frontier
     from onnx_decomp.options import Options
 
-__all__ = ["Options", "Result", "decompose"]
+__all__ = ["Frontier", "Options", "Result", "decompose", "frontier"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from onnx_decomp import compiler
 
         return getattr(compiler, name)
+    if name in ("Frontier", "frontier"):
+        from onnx_decomp import frontiers
+
+        return getattr(frontiers, name)
     if name == "Options":
         from onnx_decomp.options import Options
 

@@ -16,12 +16,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnx_decomp.errors import DecompError, RequireChangeError, UsageError
-from onnx_decomp.flags import FILE, Console, compile_options, debug_option, options_from, output_options
+from onnx_decomp.flags import (
+    FILE,
+    Console,
+    compile_options,
+    debug_option,
+    frontier_options,
+    options_from,
+    output_options,
+)
 from onnx_decomp.progress import Progress, Silent
 from onnx_decomp.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from onnx_decomp.frontiers import Frontier
+    from onnx_decomp.model_io import ModelFile
+    from onnx_decomp.options import Options
 
 NAME = "onnx-decomp"
 EXIT_INTERNAL, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -146,9 +158,7 @@ def compile_command(
     options = options_from(values, progress=bars)
     if out is None and not options.dry_run:
         raise click.UsageError("Missing argument 'OUT.onnx': name the file to write, or try --dry-run")
-    given = {"IN": source, "--init": options.init, "--calib": options.calib, "--replay": options.replay}
-    given["--evaluate"] = Path(options.evaluate.rpartition(":")[0]) if options.evaluate else None
-    _check_files(given, {"OUT": out, "--report": report_path, "--html": html_path})
+    _check_files(_inputs(source, options), {"OUT": out, "--report": report_path, "--html": html_path})
 
     from onnx_decomp.compiler import compile_file
 
@@ -158,6 +168,17 @@ def compile_command(
     _print_result(result.report, quiet, verbose)
     if options.require_change and not result.changed:
         raise RequireChangeError("nothing was kept, and --require-change asks for more; the report says why")
+
+
+def _inputs(source: Path, options: Options) -> dict[str, Path | None]:
+    """The files that a command reads, by what they are given as."""
+    return {
+        "IN": source,
+        "--init": options.init,
+        "--calib": options.calib,
+        "--replay": options.replay,
+        "--evaluate": Path(options.evaluate.rpartition(":")[0]) if options.evaluate else None,
+    }
 
 
 def _check_files(inputs: Mapping[str, Path | None], outputs: Mapping[str, Path | None]) -> None:
@@ -194,6 +215,82 @@ def _print_result(report: dict[str, Any], quiet: bool, verbose: bool) -> None:
     for warning in report["warnings"]:
         _say(f"warning: {warning}")
     _say(report["verdict"])
+
+
+@command.command("frontier")
+@click.argument("source", metavar="IN.onnx", type=FILE)
+@frontier_options
+def frontier_command(
+    source: Path,
+    points: int,
+    writes: tuple[tuple[float, Path], ...],
+    json_path: Path | None,
+    picture: Path | None,
+    latency: bool,
+    quiet: bool,
+    no_progress: bool,
+    **values: Any,
+) -> None:
+    """Show what every size of IN.onnx would cost and change, beside plain ways to make it smaller."""
+    bars = sys.stderr.isatty() and not (quiet or no_progress)
+    options = options_from(values, progress=bars)
+    piped = str(json_path) == "-"
+    outputs = {f"--write {ratio:g}={path}": path for ratio, path in writes}
+    if len(outputs) < len(writes):
+        raise UsageError("--write: the same ratio and file are given twice")
+    more = {"--json": None if piped else json_path, "--picture": picture}
+    _check_files(_inputs(source, options), {**outputs, **more})
+    if options.calib is None:
+        raise UsageError(
+            "--calib is missing: a frontier is measured on samples, an .npz of input name -> array"
+        )
+
+    from onnx_decomp import model_io
+    from onnx_decomp.charts import draw
+    from onnx_decomp.frontiers import evenly, trace_frontier
+    from onnx_decomp.report import to_json, write
+
+    loaded = model_io.load(source)
+    ratios = (*evenly(points), *(ratio for ratio, _ in writes))
+    with _watching(bars) as progress:
+        found = trace_frontier(loaded, options, ratios, latency=latency, progress=progress)
+    written = _write_points(found, loaded, writes)
+    report = found.report()
+    if json_path is not None and not piped:
+        write(json_path, to_json(report))
+    if picture is not None:
+        write(picture, draw(report))
+    _print_frontier(report, quiet, written)
+    if piped:
+        click.echo(to_json(report), nl=False)
+
+
+def _write_points(found: Frontier, source: ModelFile, writes: Sequence[tuple[float, Path]]) -> list[str]:
+    """The models that were asked for, and a line on each."""
+    from onnx_decomp import model_io
+
+    lines = []
+    for ratio, path in writes:
+        point = found.nearest(ratio)
+        model = found.write(point)
+        if model is source.proto:
+            model_io.copy(source, path)
+        else:
+            model_io.save(model, source, path)
+        short = "" if point.asked <= ratio else f" ({ratio:g} was asked for, and there is none so small)"
+        lines.append(f"wrote {path}: cost {point.cost:.3g}, change {point.change:.3g}{short}")
+    return lines
+
+
+def _print_frontier(report: dict[str, Any], quiet: bool, written: Sequence[str]) -> None:
+    from onnx_decomp.rendering import render_frontier
+
+    if not quiet:
+        _show(render_frontier(report))
+    for warning in report["warnings"]:
+        _say(f"warning: {warning}")
+    for line in [*written, report["verdict"]]:
+        _say(line)
 
 
 @command.command()

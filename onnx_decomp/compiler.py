@@ -49,8 +49,8 @@ MAX_ROUNDS = 8
 
 SYNTHETIC_SAMPLES = 64
 
-MOST_TIMED = 128
-"""Samples of one timed run at most."""
+MOST_TIMED, MOST_ROWS = 128, 1024
+"""Samples of one timed run at most, and rows of x where a sample has many."""
 
 WHOLE_SECONDS, REGION_SECONDS = 2.0, 0.5
 """Time spent on comparing whole models, and on asking for each kept region whether it helps."""
@@ -107,6 +107,13 @@ class Run:
 
     def compile(self) -> tuple[Program, onnx.ModelProto | None]:
         """The program with everything decided, and the written model or None where nothing was kept."""
+        program, obstacle = self.prepared()
+        if obstacle is not None:
+            return self._nothing(program, obstacle)
+        return program, self._settle(program)
+
+    def prepared(self) -> tuple[Program, str | None]:
+        """The program with everything that does not depend on what is kept, or the reason why nothing can be."""
         self._choose_provider()
         self._check_limits()
         if self.options.evaluate is not None:
@@ -114,16 +121,16 @@ class Run:
         self.progress.stage("reading")
         program = self._open()
         if _stamped(self.source.proto) and not self.options.force:
-            return self._nothing(program, "already-compiled")
+            return program, "already-compiled"
         if not self._can_verify(program):
-            return self._nothing(program, "cannot-verify")
+            return program, "cannot-verify"
         if self.evaluation is not None:
             self.evaluation.original = self.original.run
             self.evaluation.before("select")  # what is wrong with it shows now, not after planning
         self._warn_of_few_samples(program)
         self._replay(program)
         self._find(program)
-        return program, self._settle(program)
+        return program, None
 
     def _choose_provider(self) -> None:
         try:
@@ -161,6 +168,7 @@ class Run:
             data,
             self.progress,
             target=self.target,
+            evaluation=self.evaluation,
             timed_samples=min(MOST_TIMED, data.samples("report")),
         )
         for site in sites:
@@ -231,6 +239,8 @@ class Run:
             outer += [name for site in sites if (name := stream_of(program.index, site)) is not None]
             program.probe = Probe(program.index, sites, self.source.folder, outer)
             program.rows_per_sample = self._rows_per_sample(program, program.probe)
+            most = max(MOST_ROWS // max(program.rows_per_sample.values()), 1)
+            program.timed_samples = min(program.timed_samples, most)
             self._warn_of_few_rows(program)
 
     def _warn_of_few_rows(self, program: Program) -> None:
@@ -293,6 +303,18 @@ class Run:
         self._nothing(program, "rounds-exhausted")
         program.rewrites = []
         return None
+
+    def emitted(self, program: Program) -> tuple[onnx.ModelProto, Session]:
+        """The model with a program's rewrites, and a session of it, once it computes what they do."""
+        written = emit(program.index, program.rewrites, model_io.opset(self.source.proto), self.target)
+        _stamp(written, program)
+        candidate = self._session(written)
+        change = self._rewrite_change(program, candidate)
+        if problem := verify.interface_difference(self.source.proto, written):
+            raise _broken(problem)
+        if change > self._noise(program.rewrites):
+            raise _broken(f"the written model differs by {change:.3g} from what was measured")
+        return written, candidate
 
     def _measure(self, program: Program, written: onnx.ModelProto) -> Gates:
         gates = Gates()

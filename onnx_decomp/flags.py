@@ -93,6 +93,25 @@ def options_from(values: Mapping[str, Any], **further: Any) -> Options:
     return Options(**given, **common, limits=limits, **further)
 
 
+def _writes(
+    _ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[float, Path], ...]:
+    """RATIO=OUT.onnx, as often as is wanted."""
+    found = []
+    for value in values:
+        text, assigned, path = value.partition("=")
+        if not (assigned and path):
+            raise click.BadParameter(f"{value!r} names no file: write RATIO=OUT.onnx, as in 0.5=half.onnx")
+        try:
+            ratio = float(text)
+        except ValueError as error:
+            raise click.BadParameter(f"{text!r} is not a number: write RATIO=OUT.onnx") from error
+        if not 0 < ratio <= 1:
+            raise click.BadParameter(f"impossible ratio {text}: give a number above 0 and up to 1")
+        found.append((ratio, Path(path)))
+    return tuple(found)
+
+
 def _script(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
     """SCRIPT.py:function; whether there is such a function shows when it is loaded."""
     if value is None:
@@ -173,7 +192,7 @@ debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, callback=_remember_debug, help="Show tracebacks."
 )
 
-compile_options = _chain(
+model_options = _chain(
     click.option(
         "--init",
         type=FILE_OR_FOLDER,
@@ -227,15 +246,6 @@ compile_options = _chain(
         "--threads", type=click.IntRange(min=1), help="Threads of the latency gate. [default: ONNX Runtime's]"
     ),
     click.option(
-        "--min-speedup",
-        type=float,
-        default=1.0,
-        show_default=True,
-        callback=_positive("speedup"),
-        help="Measured speedup below which a rewrite is undone.",
-    ),
-    click.option("--latency-gate/--no-latency-gate", default=True, help="Measure latency.  [default: on]"),
-    click.option(
         "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything random."
     ),
     click.option(
@@ -244,8 +254,6 @@ compile_options = _chain(
     click.option(
         "--exclude", metavar="REGEX", callback=_regex, help="No nodes or weights whose name matches."
     ),
-    click.option("--replay", type=FILE, callback=_existing, help="Keep exactly what this report kept."),
-    click.option("--require-change", is_flag=True, help="Fail if nothing was kept."),
     click.option("--force", is_flag=True, help="Compile a model that is compiled already."),
     click.option(
         "--jobs",
@@ -254,14 +262,27 @@ compile_options = _chain(
         show_default=True,
         help="Matrices looked at together.",
     ),
+)
+"""What a model is looked at with, whatever is made of it."""
+
+compile_options = _chain(
+    model_options,
+    click.option(
+        "--min-speedup",
+        type=float,
+        default=1.0,
+        show_default=True,
+        callback=_positive("speedup"),
+        help="Measured speedup below which a rewrite is undone.",
+    ),
+    click.option("--latency-gate/--no-latency-gate", default=True, help="Measure latency.  [default: on]"),
+    click.option("--replay", type=FILE, callback=_existing, help="Keep exactly what this report kept."),
+    click.option("--require-change", is_flag=True, help="Fail if nothing was kept."),
     click.option("--dry-run", is_flag=True, help="Do everything except writing OUT."),
 )
 
-output_options = _chain(
-    click.option("--report", "report_path", type=FILE, help="Write the report as JSON."),
-    click.option("--html", "html_path", type=FILE, help="Write the report as one HTML page."),
+show_options = _chain(
     click.option("--quiet", "-q", is_flag=True, help="Only warnings and the verdict."),
-    click.option("--verbose", "-v", is_flag=True, help="List every node, however many."),
     click.option("--no-progress", is_flag=True, help="No progress bars."),
     click.option(
         "--config",
@@ -272,4 +293,40 @@ output_options = _chain(
         help="TOML file with defaults for these options.",
     ),
     debug_option,
+)
+
+output_options = _chain(
+    click.option("--report", "report_path", type=FILE, help="Write the report as JSON."),
+    click.option("--html", "html_path", type=FILE, help="Write the report as one HTML page."),
+    click.option("--verbose", "-v", is_flag=True, help="List every node, however many."),
+    show_options,
+)
+
+frontier_options = _chain(
+    model_options,
+    click.option(
+        "--points",
+        type=click.IntRange(1, 100),
+        default=8,
+        show_default=True,
+        help="Sizes to look at, down to a twentieth.",
+    ),
+    click.option(
+        "--write",
+        "writes",
+        metavar="RATIO=OUT.onnx",
+        multiple=True,
+        callback=_writes,
+        help="Write the plan's model at this share of the cost.",
+    ),
+    click.option(
+        "--json",
+        "json_path",
+        metavar="FILE",
+        type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+        help="Write everything as JSON; - is stdout.",
+    ),
+    click.option("--picture", metavar="FILE.svg", type=FILE, help="Draw it."),
+    click.option("--latency", is_flag=True, help="Measure how fast each point of the plan is."),
+    show_options,
 )

@@ -8,7 +8,8 @@ the written model must compute, up to float noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from onnx_decomp.axes import Region
 from onnx_decomp.runtime import Session, open_session
-from onnx_decomp.sites import Affine, GraphIndex, Site, read_affine
+from onnx_decomp.sites import Affine, GraphIndex, Site, nested_graphs, read_affine
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -51,27 +52,44 @@ def probe_model(index: GraphIndex, sites: Sequence[Site], fetch: Iterable[str]) 
 
 def local_model(index: GraphIndex, region: Region, fetch: Iterable[str]) -> onnx.ModelProto:
     """The same for one region by itself: what enters it from outside is fed, `fetch` are the outputs."""
+    positions = set(region.links) | _feeders(index, region)
+    return part_model(index, region.sites, positions, outer_tensors(index, region), fetch)
+
+
+def part_model(
+    index: GraphIndex, sites: Sequence[Site], positions: set[int], fed: Sequence[str], fetch: Iterable[str]
+) -> onnx.ModelProto:
+    """Some sites, and operators (by position) beside them, as a model: `fed` are its inputs, `fetch` its outputs."""
     model = onnx.ModelProto(ir_version=index.proto.ir_version)
     model.opset_import.extend(index.proto.opset_import)
+    model.functions.extend(index.proto.functions)
     graph = model.graph
-    graph.name = region.name
-    positions = set(region.links) | _feeders(index, region)
-    ends = {site.nodes[-1]: site for site in region.sites}
+    graph.name = "part"
+    ends = {site.nodes[-1]: site for site in sites}
     for position in sorted(positions | set(ends)):
         graph.node.extend(_affine_nodes(ends[position]) if position in ends else [index.node(position)])
-    read = {name for node in graph.node for name in node.input}
+    read = set(mentions(graph.node))
     graph.initializer.extend(
         onnx.numpy_helper.from_array(index.read(tensor), name)
         for name, tensor in index.stored.items()
         if name in read and index.producer.get(name) not in positions
     )
-    for name in outer_tensors(index, region):
-        element = index.element_types.get(name) or onnx.helper.np_dtype_to_tensor_dtype(region.sites[0].dtype)
+    for name in fed:
+        element = index.element_types.get(name) or onnx.helper.np_dtype_to_tensor_dtype(sites[0].dtype)
         graph.input.append(onnx.helper.make_tensor_value_info(name, element, None))
-    for site in region.sites:
+    for site in sites:
         _add_weights(graph, site)
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(fetch))
     return model
+
+
+def mentions(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """Every name that nodes read, in nested graphs too."""
+    for node in nodes:
+        yield from node.input
+        for nested in nested_graphs(node):
+            yield from mentions(nested.node)
+            yield from (value.name for value in nested.output)
 
 
 def outer_tensors(index: GraphIndex, region: Region) -> tuple[str, ...]:
@@ -80,6 +98,21 @@ def outer_tensors(index: GraphIndex, region: Region) -> tuple[str, ...]:
     reads = [site.input for site in region.sites]
     reads += [name for position in region.links for name in index.node(position).input if name]
     return tuple(name for name in dict.fromkeys(reads) if name not in made and index.resolve(name) is None)
+
+
+def stream_of(index: GraphIndex, site: Site) -> str | None:
+    """What a site's output is added to (a residual stream), if nothing else reads it; None where there is no such Add.
+
+    A refit of the site may aim at the sum: what was lost before it in the stream is then made up for as well.
+    """
+    readers = index.consumers.get(site.output, [])
+    if len(readers) != 1 or site.output in index.pinned_tensors:
+        return None
+    node = index.node(readers[0])
+    if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
+        return None
+    others = [name for name in node.input if name != site.output]
+    return others[0] if len(others) == 1 and index.resolve(others[0]) is None else None
 
 
 def _feeders(index: GraphIndex, region: Region) -> set[int]:
@@ -129,11 +162,20 @@ def _drop_unread(graph: onnx.GraphProto, weights: set[str]) -> None:
         graph.initializer.extend(copies)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """The operators at some positions, what is fed to them, and what they hand on."""
+
+    positions: frozenset[int]
+    entering: tuple[str, ...]
+    leaving: tuple[str, ...]
+
+
 class Probe:
     """A session of `probe_model`; `sites` are what can be fed anew, everything else is the original's.
 
     fetch: further tensors that can be asked for, beside inputs and outputs of the sites. region: by itself, fed with
-    its `outer_tensors`; every run of the whole graph runs all of it, whatever is asked for.
+    its `outer_tensors`; every run of the whole graph runs all of it, whatever is asked for. piece: by itself too.
     """
 
     def __init__(
@@ -143,22 +185,26 @@ class Probe:
         folder: Path | None,
         fetch: Sequence[str] = (),
         region: Region | None = None,
+        piece: Piece | None = None,
     ) -> None:
         self._index = index
-        self._sites = tuple(sites)
+        self.sites = tuple(sites)
         self._original: dict[int, tuple[NDArray[Any], NDArray[Any]]] = {}
         tensors = [*fetch, *(name for site in sites for name in (site.input, site.output))]
-        if region is None:
-            fed = {value.name for value in index.proto.graph.input}
-            self.outputs = tuple(value.name for value in index.proto.graph.output)
+        if piece is not None:
+            self._fed, self.outputs = set(piece.entering), piece.leaving
+            model = part_model(index, sites, set(piece.positions), piece.entering, piece.leaving)
+        elif region is not None:
+            self._fed, self.outputs = set(outer_tensors(index, region)), region.exits
+            model = local_model(index, region, self._fetchable([*tensors, *region.exits]))
         else:
-            fed, self.outputs = set(outer_tensors(index, region)), region.exits
-            tensors += region.exits
-        fetchable = [name for name in dict.fromkeys(tensors) if name not in fed]
-        model = (
-            probe_model(index, sites, fetchable) if region is None else local_model(index, region, fetchable)
-        )
+            self._fed = {value.name for value in index.proto.graph.input}
+            self.outputs = tuple(value.name for value in index.proto.graph.output)
+            model = probe_model(index, sites, self._fetchable(tensors))
         self._session: Session = open_session(model, folder=folder, prepack=False)
+
+    def _fetchable(self, tensors: Iterable[str]) -> list[str]:
+        return [name for name in dict.fromkeys(tensors) if name not in self._fed]
 
     def run(
         self, feeds: Feeds, affine: Mapping[int, Affine], fetch: Sequence[str] | None = None
@@ -169,8 +215,8 @@ class Probe:
         asked = [name for name in wanted if name not in given]
         if not asked:
             return given
-        inputs = dict(feeds)
-        for site in self._sites:
+        inputs = {name: array for name, array in feeds.items() if name in self._fed}
+        for site in self.sites:
             inputs[_weight(site)], inputs[_bias(site)] = self._stored(site, affine.get(site.index))
         return given | self._session.run(inputs, asked, partial=True)
 

@@ -20,6 +20,7 @@ from onnx_decomp.sites import Affine, GraphIndex, Site, read_affine
 
 if TYPE_CHECKING:
     from onnx_decomp.calibration import Data
+    from onnx_decomp.evaluation import Evaluation
     from onnx_decomp.init_stats import InitStats
     from onnx_decomp.model_io import ModelFile
     from onnx_decomp.options import Options
@@ -189,6 +190,12 @@ class Program:
     rows_per_sample: dict[int, int] = field(default_factory=dict)
     """Rows of x for one sample, by index of the site."""
     probe: Probe | None = None
+    evaluation: Evaluation | None = None
+    """The user's own score, where it decides instead of a metric."""
+    predicted: float | None = None
+    """Change of the outputs that the plan expected before its last step was measured."""
+    memory: dict[str, object] = field(default_factory=dict)
+    """What a pass wants to find again when it runs once more after a gate has undone something."""
     written: onnx.ModelProto | None = None
     """What the rewrites come to, before it is measured."""
 

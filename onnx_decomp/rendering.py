@@ -51,6 +51,50 @@ def render_table(report: Report, every_site: bool = True) -> RenderableType:
     return Group(*([table] if shown else []), *lines)
 
 
+def render_frontier(found: Report) -> RenderableType:
+    """The plan at each ratio that was asked for, and what the plain methods change at the same cost."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    points = found["points"]
+    others = [method for method in found["methods"] if method != "plan"]
+    columns: dict[str, str] = {"flops": "FLOPs", "cost": "cost", "change": "change", "predicted": "expected"}
+    columns |= {"score": "score"} if any(point["score"] is not None for point in points) else {}
+    columns |= {"speedup": "speed up"} if any(point["speedup"] is not None for point in points) else {}
+    columns = columns if "plan" in found["methods"] else {}
+    picked = None if found["picked"] is None else points[found["picked"]]
+    at = {(point["method"], point["asked"]): point for point in points}
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("asked", *columns.values(), *(method.replace("-", " ") for method in others)):
+        # Numbers and words stay whole, headings of two words need not.
+        table.add_column(heading, justify="right", min_width=max(5, *map(len, heading.split())))
+    for asked in sorted({point["asked"] for point in points}, reverse=True):
+        plan = at.get(("plan", asked))
+        cells = [_short(asked), *(_short(plan and plan[key]) for key in columns)]
+        cells += [_beside(at.get((method, asked))) for method in others]
+        table.add_row(*(Text(printable(cell), "green" if plan and plan is picked else "") for cell in cells))
+    options, lines = found["options"], list(found["notes"])
+    if found["score"] is not None:
+        lines.append(f"score of {options['evaluate']}: {found['score']:.5g} of the original")
+    measure = ", ".join([options["metric"], *(f"{o}: {m}" for o, m, _ in options["limits"] if m is not None)])
+    lines.append(f"cost: {options['objective']}, predicted; change: {measure} on held-back samples")
+    return Group(table, *(Text(printable(line)) for line in lines))
+
+
+def _short(value: float | None) -> str:
+    """What fits a narrow column."""
+    return "-" if value is None else f"{value:.3g}" if value >= 0.1 else f"{value:.2g}"
+
+
+def _beside(point: Mapping[str, Any] | None) -> str:
+    """What another method changes, and its score if there is one."""
+    if point is None:
+        return "-"
+    score = "" if point["score"] is None else f" ({_short(point['score'])})"
+    return f"{_short(point['change'])}{score}"
+
+
 def summary(report: Report) -> list[str]:
     """The whole model in a few lines."""
     before, after = report["input"], report["output"]

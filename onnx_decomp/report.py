@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import onnx
+from scipy.stats import mannwhitneyu
 
 from onnx_decomp import model_io
 from onnx_decomp.axes import Region
 from onnx_decomp.errors import InputError
 from onnx_decomp.init_stats import InitStats
-from onnx_decomp.passes.folding import site_flops, site_rank
-from onnx_decomp.program import Program, Rewrite, Segment, Structure
+from onnx_decomp.passes.folding import site_flops, site_labels, site_rank
+from onnx_decomp.program import DROPPED, Program, Rewrite, Segment, Structure
 from onnx_decomp.sites import Site
 
 if TYPE_CHECKING:  # both start ONNX Runtime, which reading a report does not need
@@ -116,6 +117,7 @@ def build(program: Program, written: onnx.ModelProto | None, measured: Measured)
         "verify": _verification(measured.verification),
         "evaluate": _evaluation(program, measured.scores),
         "rewrite": {"max_rel_l2": measured.rewrite_change},
+        "plan": {"predicted": program.predicted, "measured": _measured_change(measured.verification)},
         "latency": dataclasses.asdict(measured.latency) if measured.latency else "not measured",
     }
     plain: Report = _plain(report)
@@ -255,6 +257,7 @@ def _sites(program: Program) -> list[Report]:
                 **_outcome(site, rewrite, position),
                 "reason": _reason(program, site, name, rewrite),
                 "error": _errors(rewrite, position),
+                "agreement": _agreement(program, site, rewrite, position),
                 "decisions": [
                     {"pass": d.where, "verdict": d.verdict, "reason": d.reason, "numbers": dict(d.numbers)}
                     for d in program.decisions
@@ -263,6 +266,35 @@ def _sites(program: Program) -> list[Report]:
             }
         )
     return entries
+
+
+def _measured_change(verification: Verification | None) -> float | None:
+    """What the outputs change by on the report part, by the metric: to hold against what the plan expected."""
+    return None if verification is None else verification.largest
+
+
+def _agreement(program: Program, site: Site, rewrite: Rewrite | None, position: int) -> Report | None:
+    """How well the evidence of the weights told which rows and columns could go.
+
+    The share of pairs of one that stayed and one that went in which the one that stayed has more evidence (mean z²):
+    1 if evidence told exactly, 0.5 if it told nothing. None for an axis of which nothing went, or all of it.
+    """
+    found, segment = (
+        program.evidence.get(site.index),
+        _covering(rewrite.segments, position) if rewrite else None,
+    )
+    if found is None or rewrite is None or segment is None or segment.copies:
+        return None
+    told: Report = {}
+    for axis, (name, labels) in enumerate(
+        zip(("rows", "cols"), site_labels(rewrite.region, segment, position), strict=True)
+    ):
+        stayed, energy = labels != DROPPED, (found.z.astype(np.float64) ** 2).mean(axis=1 - axis)
+        told[name] = None
+        if stayed.any() and not stayed.all():
+            pairs = int(stayed.sum()) * int((~stayed).sum())
+            told[name] = float(mannwhitneyu(energy[stayed], energy[~stayed]).statistic) / pairs
+    return told
 
 
 def _errors(rewrite: Rewrite | None, position: int) -> Report:

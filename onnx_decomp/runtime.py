@@ -179,6 +179,7 @@ def _options(threads: int | None, prepack: bool, optimize: bool) -> ort.SessionO
         options.intra_op_num_threads = threads
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False  # what a run needed is given back after it
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     # Threads that spin after a run would take the cores of the next session's.

@@ -12,7 +12,7 @@ of what is gone folded into the bias. lam is chosen on the select part of the da
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,8 @@ from scipy import linalg
 
 from onnx_decomp.axes import Region
 from onnx_decomp.calibration import Data, Part
-from onnx_decomp.passes.folding import copies_of, partition
+from onnx_decomp.passes.folding import block_ranks, copies_of, partition
+from onnx_decomp.passes.lowrank import factor
 from onnx_decomp.probe import Feeds, Probe
 from onnx_decomp.program import DROPPED, Labels, Segment
 from onnx_decomp.sites import Affine, Site
@@ -32,11 +33,15 @@ RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, np.inf)
 """Candidates for lam, relative to the mean variance of a block's inputs."""
 
 
-BATCH = 512
-"""Samples of one run over the data."""
+BATCH, BATCH_ROWS = 512, 4096
+"""Samples of one run over the data at most, and rows of x where a sample has many."""
 
 HELD = 2**29
 """Bytes of what enters a region, held in memory for each part of the data."""
+
+STEP = 1e-2
+"""By which slopes are taken, of a unit's standard deviation: far above float32 rounding, small against the curvature
+of an activation."""
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -166,6 +171,29 @@ def refit_block(moments: Moments, old: Affine, ridge: float) -> Affine:
     return Affine(weight.astype(np.float32), bias.astype(np.float32))
 
 
+def factored(
+    moments: Moments,
+    affine: Affine,
+    rows: Labels,
+    columns: Labels,
+    ranks: Sequence[int],
+    importance: Array | None,
+) -> Affine:
+    """Each block of a refitted map [K, N] as the nearest one of its rank, by the errors that matter (`lowrank`)."""
+
+    def nearest(old: Affine, r: Indices, c: Indices) -> Affine:
+        rank = ranks[int(columns[c[0]])]
+        if rank >= min(len(r), len(c)):
+            return old
+        block = moments.of(r, c)
+        within = None if importance is None else importance[np.ix_(c, c)]
+        weight = factor(block.xx, old.weight, within).truncated(rank)
+        bias = block.mean_y - block.mean_x @ weight
+        return Affine(weight.astype(np.float32), bias.astype(np.float32))
+
+    return _by_block(affine, rows, columns, nearest)
+
+
 def _by_block(
     affine: Affine, rows: Labels, columns: Labels, change: Callable[[Affine, Indices, Indices], Affine]
 ) -> Affine:
@@ -198,7 +226,8 @@ class Calibrator:
     """Runs a region over a part of the data to get what a site is fed and what it ought to make.
 
     local: the region by itself. What enters it, in the original and in the model with `upstream` in place, is computed
-    once and held; where that is more than HELD bytes, the whole graph runs each time.
+    once and held, and so is what the original makes inside; where that is more than `limit` bytes, it is computed anew
+    each time, and where the entering tensors alone are more, the whole graph runs.
     """
 
     probe: Probe
@@ -206,10 +235,43 @@ class Calibrator:
     local: Probe
     outer: Sequence[str]
     upstream: Mapping[int, Affine]
+    limit: int = HELD
+    samples: int | None = None
+    """Of each part that are looked at; None: all."""
+    batch: int = BATCH
+    """Samples of one run."""
+    streams: Mapping[int, str] = field(default_factory=dict)
+    """By index of a site what its output is added to: its refit aims at the original's sum."""
     unchanged: dict[tuple[Part, int], Moments] = field(default_factory=dict)
     """Moments of the original, which every candidate for the region starts from."""
     entering: dict[tuple[Part, bool], list[Feeds] | None] = field(default_factory=dict)
     """What enters the region, batch by batch: in the original (False), with `upstream` (True); None if too much."""
+    made: dict[tuple[Part, int, str], NDArray[np.floating]] = field(default_factory=dict)
+    """What the original makes inside, by batch and tensor, as far as it is held."""
+
+    def below(
+        self, upstream: Mapping[int, Affine], entering: Mapping[Part, list[Feeds]] | None = None
+    ) -> Calibrator:
+        """The same with other affine maps upstream; what is held of the original is shared.
+
+        entering: what enters the region with them in place, where that is known already.
+        """
+        held: dict[tuple[Part, bool], list[Feeds] | None] = {
+            key: batches for key, batches in self.entering.items() if not key[1]
+        }
+        held |= {(part, True): batches for part, batches in (entering or {}).items()}
+        return replace(self, upstream=upstream, entering=held)
+
+    def batches(self, part: Part) -> list[Feeds]:
+        """Inputs of the model that are looked at."""
+        return list(self._batches(part))
+
+    def hold(self, part: Part, batches: list[Feeds]) -> None:
+        """Keep what enters the region in the original, if there is room for it."""
+        names = {*self.outer, *self.streams.values()}
+        kept: list[Feeds] = [{n: a for n, a in feeds.items() if n in names} for feeds in batches]
+        if sum(array.nbytes for feeds in kept for array in feeds.values()) <= self.limit:
+            self.entering[part, False] = kept
 
     def moments(
         self, part: Part, site: Site, affine: Mapping[int, Affine], blocks: Labels | None = None
@@ -221,24 +283,70 @@ class Calibrator:
             self.unchanged[part, site.index] = accumulate(self._pairs(part, site, affine))
         return self.unchanged[part, site.index]
 
+    def slopes(self, site: Site, tensor: str, current: Affine, placed: Mapping[int, Affine]) -> Array:
+        """E[s s'] over the fit part, s [N] the slopes of `tensor` by the site's output, unit by unit.
+
+        current: the site's map as it stands; placed: all of them. Only elementwise operators may lie between.
+        """
+        bias = np.zeros(current.weight.shape[1], np.float32) if current.bias is None else current.bias
+        spread = np.sqrt(self.moments("fit", site, {}).yy)
+        step = STEP * (spread if len(spread) == len(bias) else np.full(len(bias), spread.mean()))
+        step = np.maximum(step, STEP * max(float(spread.max()), TINY)).astype(np.float32)
+        weight = placed.get(site.index, current).weight
+        moved = {**placed, site.index: Affine(weight, (bias + step).astype(np.float32))}
+        _, after, probe = self._runs("fit", bool(placed))
+        total, rows = np.zeros((len(bias), len(bias))), 0
+        for feeds in after:
+            still = probe.run(feeds, placed, [tensor])[tensor].reshape(-1, len(bias))
+            shifted = probe.run(feeds, moved, [tensor])[tensor].reshape(-1, len(bias))
+            slope = (shifted.astype(np.float32) - still) / step
+            total += slope.T @ slope
+            rows += len(slope)
+        return total / rows
+
     def _pairs(
         self, part: Part, site: Site, affine: Mapping[int, Affine]
     ) -> Iterator[tuple[NDArray[np.floating], NDArray[np.floating]]]:
-        before, after = self._entering(part, False), self._entering(part, bool(affine and self.upstream))
-        if before is None or after is None:
-            whole: list[Feeds] = list(self.data.batches(part, BATCH))
-            pairs = list(zip(whole, whole, strict=True))
-        else:
-            pairs = list(zip(before, after, strict=True))
-        probe = self.probe if before is None or after is None else self.local
-        for original, rewritten in pairs:
+        before, after, probe = self._runs(part, bool(affine))
+        for number, (original, rewritten) in enumerate(zip(before, after, strict=True)):
+            wanted = self._wanted(part, number, probe, (original, rewritten), site)
             if affine:
-                x = probe.run(rewritten, affine, [site.input])[site.input]
-                y = probe.run(original, {}, [site.output])[site.output]
+                yield probe.run(rewritten, affine, [site.input])[site.input], wanted
             else:
-                both = probe.run(original, {}, [site.input, site.output])
-                x, y = both[site.input], both[site.output]
-            yield x, y
+                yield self._originals(part, number, probe, original, [site.input])[site.input], wanted
+
+    def _wanted(
+        self, part: Part, number: int, probe: Probe, feeds: tuple[Feeds, Feeds], site: Site
+    ) -> NDArray[np.floating]:
+        """What a site ought to make of one batch: what the original makes, and what the stream lost before it."""
+        wanted = self._originals(part, number, probe, feeds[0], [site.output])[site.output]
+        stream = self.streams.get(site.index)
+        if stream is None or not self.upstream or any(stream not in each for each in feeds):
+            return wanted
+        missing: NDArray[np.floating] = feeds[0][stream] - feeds[1][stream]
+        return wanted + missing
+
+    def _originals(
+        self, part: Part, number: int, probe: Probe, feeds: Feeds, names: Sequence[str]
+    ) -> dict[str, NDArray[np.floating]]:
+        """Tensors that the original makes of one batch."""
+        if any((part, number, name) not in self.made for name in names):
+            local = () if probe is self.probe else probe.sites
+            inner = [name for site in local for name in (site.input, site.output)]
+            found = probe.run(feeds, {}, [*names, *inner])
+            held = sum(array.nbytes for array in self.made.values())
+            if held + sum(array.nbytes for array in found.values()) > self.limit:
+                return {name: found[name] for name in names}
+            self.made |= {(part, number, name): array for name, array in found.items()}
+        return {name: self.made[part, number, name] for name in names}
+
+    def _runs(self, part: Part, rewritten: bool) -> tuple[list[Feeds], list[Feeds], Probe]:
+        """Batches of the original, of the model with `upstream`, and what to run them with."""
+        before, after = self._entering(part, False), self._entering(part, bool(rewritten and self.upstream))
+        if before is None or after is None:
+            whole: list[Feeds] = list(self._batches(part))
+            return whole, whole, self.probe
+        return before, after, self.local
 
     def _entering(self, part: Part, rewritten: bool) -> list[Feeds] | None:
         key = (part, rewritten)
@@ -246,12 +354,22 @@ class Calibrator:
             self.entering[key] = self._collected(part, self.upstream if rewritten else {})
         return self.entering[key]
 
+    def _batches(self, part: Part) -> Iterator[Feeds]:
+        left = self.samples if self.samples is not None and not self.data.fixed else self.data.samples(part)
+        for feeds in self.data.batches(part, self.batch):
+            count = len(next(iter(feeds.values())))
+            yield feeds if count <= left else {name: array[:left] for name, array in feeds.items()}
+            left -= count
+            if left <= 0:
+                return
+
     def _collected(self, part: Part, upstream: Mapping[int, Affine]) -> list[Feeds] | None:
         held, collected = 0, list[Feeds]()
-        for feeds in self.data.batches(part, BATCH):
-            collected.append(self.probe.run(feeds, upstream, self.outer))
+        names = list(dict.fromkeys([*self.outer, *self.streams.values()]))
+        for feeds in self._batches(part):
+            collected.append(self.probe.run(feeds, upstream, names))
             held += sum(array.nbytes for array in collected[-1].values())
-            if held > HELD:
+            if held > self.limit:
                 return None
         return collected
 
@@ -265,6 +383,8 @@ class Refitted:
     """The same as the original graph is fed with them."""
     fitted_errors: tuple[float, ...]
     errors: tuple[float, ...]
+    moments: tuple[Moments, ...] = ()
+    """What each site was fitted on."""
 
 
 def refit_run(
@@ -273,19 +393,23 @@ def refit_run(
     segments: Sequence[Segment],
     old: Sequence[Affine],
     upstream: Mapping[int, Affine],
+    importance: Sequence[Array | None] = (),
 ) -> Refitted:
     """Compensate the sites of a region one after another, each on what the rewritten sites before it really feed it.
 
-    old: the original affine maps. upstream: affine maps already rewritten elsewhere in the model. Uses of one stored
-    weight are refitted together, on the data of all of them, when the first one's turn comes.
+    old: the original affine maps. upstream: affine maps already rewritten elsewhere in the model. importance: S for
+    each site that is written in factors, see `lowrank`. Uses of one stored weight are refitted together, on the data
+    of all of them, when the first one's turn comes.
     """
     placed = dict(upstream)
     labels = partition(region, segments)
+    ranks = {at: block_ranks(region, segment, at) for segment in segments for at in segment.ranks}
     if copies_of(segments):  # the graph runs whole, so later sites have to fit what earlier ones make
         for position, (site, (rows, columns)) in enumerate(zip(region.sites, labels, strict=True)):
             view = View.of(region, segments, position)
             placed[site.index] = view.fed(masked(view.affine(old[position]), rows, columns))
     fitted: dict[int, Affine] = {}
+    seen: dict[int, Moments] = {}
     errors: dict[int, tuple[float, float]] = {}
     for position, site in enumerate(region.sites):
         if position in fitted:
@@ -300,16 +424,21 @@ def refit_run(
         ]
         fit, select = (pooled(moments) for moments in parts)
         best = best_refit(fit, select, view.affine(old[position]), rows, columns)
+        if position in ranks:
+            weighting = importance[position] if importance else None
+            best = factored(fit, best, rows, columns, ranks[position], weighting)
         error = (relative_error(fit, best, rows, columns), relative_error(select, best, rows, columns))
         for at, own in zip(uses, parts[0], strict=True):
             fitted[at] = best if len(uses) == 1 else _with_own_bias(best, own, columns)
             placed[region.sites[at].index] = view.fed(fitted[at])
-            errors[at] = error
+            errors[at], seen[at] = error, fit
     order = range(len(region.sites))
     return Refitted(
         tuple(fitted[at] for at in order),
         tuple(placed[site.index] for site in region.sites),
-        *zip(*(errors[at] for at in order), strict=True),
+        tuple(errors[at][0] for at in order),
+        tuple(errors[at][1] for at in order),
+        tuple(seen[at] for at in order),
     )
 
 

@@ -28,11 +28,19 @@ RIDGE = 1e-6
 
 @dataclass(frozen=True)
 class UnitPath:
-    """order: [H] units in the order of removal. error: [H + 1] relative error (of y's standard deviation, summed over
-    outputs) after removing the first 0, 1, ... H units with the rest refitted."""
+    """order: [H] units in the order of removal. squared: [H + 1] squared error of y, summed over outputs, that removing
+    the first 0, 1, ... H units adds with the rest refitted; infinite where the path was not followed so far."""
 
     order: NDArray[np.intp]
-    error: Array
+    squared: Array
+    total: float
+    """Squared size of y, summed over outputs."""
+
+    @property
+    def error(self) -> Array:
+        """[H + 1] relative error: of y's standard deviation."""
+        result: Array = np.sqrt(self.squared / self.total)
+        return result
 
     def keep(self, threshold: float) -> NDArray[np.intp]:
         """The smallest set of units whose predicted relative error stays at or under `threshold`, in unit order."""
@@ -44,27 +52,37 @@ class UnitPath:
         return np.sort(self.order[len(self.order) - count :])
 
 
-def unit_path(xx: Array, weight: NDArray[np.floating]) -> UnitPath:
-    """The greedy path for units with centred second moments xx [H, H], read through weight [H, N]."""
+def unit_path(xx: Array, weight: NDArray[np.floating], least: int = 0) -> UnitPath:
+    """The greedy path for units with centred second moments xx [H, H], read through weight [H, N].
+
+    least: how many units are left where the path need not be followed any further; their order is by what they cost.
+    """
     size = len(xx)
     lam = RIDGE * max(float(np.trace(xx)) / size, TINY)
     inverse = linalg.inv(xx + lam * np.eye(size), overwrite_a=True, check_finite=False)
-    w = weight.astype(np.float64)
+    w = old = weight.astype(np.float64)
     total = max(float(np.sum(w * (xx @ w))), np.finfo(np.float64).tiny)
     units = np.arange(size)
     order: list[NDArray[np.intp]] = []
-    growth: list[Array] = []
+    squared, penalised = [np.zeros(1)], 0.0
     step = max(1, size // STEPS)
-    while units.size:
+    while units.size > least:
         loss = np.einsum("hn,hn->h", w, w) / np.diagonal(inverse)
         gone = np.zeros(len(units), bool)
-        gone[np.argsort(loss, kind="stable")[:step]] = True
+        gone[np.argsort(loss, kind="stable")[: min(step, units.size - least)]] = True
         order.append(units[gone])
         w, inverse, joint = _without(w, inverse, gone)
-        growth.append(np.full(len(order[-1]), joint / len(order[-1])))
         units = units[~gone]
-    error = np.concatenate([[0.0], np.cumsum(np.concatenate(growth))])
-    return UnitPath(np.concatenate(order), np.sqrt(np.maximum.accumulate(error) / total))
+        penalised += joint
+        # What the ridge adds for moving away from the old weights is no error of y.
+        moved = np.sum((w - old[units]) ** 2) + np.sum(old**2) - np.sum(old[units] ** 2)
+        before, error = squared[-1][-1], max(penalised - lam * float(moved), 0.0)
+        squared.append(np.linspace(before, max(before, error), len(order[-1]) + 1)[1:])
+    if units.size:
+        loss = np.einsum("hn,hn->h", w, w) / np.diagonal(inverse)
+        order.append(units[np.argsort(loss, kind="stable")])
+        squared.append(np.full(units.size, np.inf))
+    return UnitPath(np.concatenate(order), np.concatenate(squared), total)
 
 
 def _without(w: Array, inverse: Array, gone: NDArray[np.bool_]) -> tuple[Array, Array, float]:

@@ -7,7 +7,7 @@ byte for byte: a round trip of the whole model through onnx-graphsurgeon would n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from onnx_decomp.axes import Carrier
 from onnx_decomp.passes.folding import Layout, Orders, along, joined_orders
 from onnx_decomp.passes.fragments import Fragment
 from onnx_decomp.passes.writing import Writer
+from onnx_decomp.probe import mentions
 from onnx_decomp.program import Program, Rewrite
 from onnx_decomp.runtime import Device
 from onnx_decomp.sites import GraphIndex, constant_tensor, nested_graphs
@@ -89,14 +90,6 @@ def _names(graph: onnx.GraphProto) -> set[str]:
     return names
 
 
-def _mentions(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
-    for node in nodes:
-        yield from node.input
-        for nested in nested_graphs(node):
-            yield from _mentions(nested.node)
-            yield from (value.name for value in nested.output)
-
-
 def _prune(graph: onnx.GraphProto, removed: Sequence[onnx.NodeProto]) -> None:
     """Take out what only the removed nodes read: their weights, and the Constants and Transposes behind them.
 
@@ -105,7 +98,7 @@ def _prune(graph: onnx.GraphProto, removed: Sequence[onnx.NodeProto]) -> None:
     suspects = {name for node in removed for name in node.input if name}
     gone = {name for node in removed for name in node.output}
     while True:
-        read = set(_mentions(graph.node)) | {value.name for value in graph.output}
+        read = set(mentions(graph.node)) | {value.name for value in graph.output}
         dead = [
             at
             for at, node in enumerate(graph.node)

@@ -74,7 +74,8 @@ def test_what_moves_on_held_back_samples_stays(tmp_path: Path) -> None:
     weights["b1"][:8] = -2.2 * np.linalg.norm(weights["w1"][:, :8], axis=0)
     path = saved(tmp_path, weights)
     report = compiled(path, calib=tmp_path / "calib.npz", tolerance=2e-6)
-    assert report["sites"][0]["flop_ratio"] in (1.0, (H - 32) / H)
+    assert report["sites"][0]["flop_ratio"] >= (H - 32) / H
+    assert report["verify"] is None or report["verify"]["outputs"]["y"]["rel_l2"] <= 2e-6
 
 
 def test_folding_is_exact_for_scaled_and_shifted_copies() -> None:

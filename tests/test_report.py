@@ -18,7 +18,7 @@ from onnx_decomp.axes import find_regions
 from onnx_decomp.calibration import Data
 from onnx_decomp.errors import InputError
 from onnx_decomp.latency import Latency
-from onnx_decomp.metrics import OutputChange, Verification
+from onnx_decomp.metrics import Limits, OutputChange, Verification
 from onnx_decomp.options import Options
 from onnx_decomp.program import Evidence, Program, Rewrite, Segment, Structure
 from onnx_decomp.rendering import describe_site, render_html, render_table
@@ -81,7 +81,7 @@ def make_program(node: str = "fc1", keep: bool = True) -> Program:
 def measured(**values: Any) -> Measured:
     change = OutputChange(rel_l2=3e-4, worst_sample=float("inf"), max_abs=1e-3, cosine=0.99999)
     return Measured(
-        verification=Verification(True, "rel-l2", 1e-3, {"y": change}),
+        verification=Verification(True, Limits("rel-l2", 1e-3), {"y": change}),
         rewrite_change=1e-7,
         latency=make_latency(2.9),
         seconds=1.23456,
@@ -111,7 +111,8 @@ def test_fields_that_others_rely_on() -> None:
     report = build_report()
     assert list(report) == [
         "schema", "verdict", "warnings", "input", "output", "options", "versions", "seed", "seconds", "kept",
-        "history", "init", "data", "sites", "verify", "rewrite", "latency",
+        "history", "init", "data", "sites", "verify", "evaluate", "rewrite",
+        "plan", "latency",
     ]  # fmt: skip
     assert report["schema"] == "onnx-decomp/1"
     assert report["kept"] == ["region_000"]

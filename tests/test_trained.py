@@ -96,8 +96,8 @@ def test_initial_values_that_stay_are_found_but_not_thrown_away(name: str, loose
 def test_an_ordinary_network_loses_units_and_no_accuracy() -> None:
     outcome = compiled("digits", 0.05)
     assert outcome.each("structure") == [None] * 3
-    assert outcome.each("decision") == ["reduced"] * 3
-    assert outcome.flops <= 1 / 8
+    assert set(outcome.each("decision")) == {"reduced", "low-rank"}
+    assert outcome.flops <= 1 / 12
     assert outcome.after >= outcome.before - 0.2 * POINTS
 
 

@@ -1,0 +1,226 @@
+"""What of a region can be made smaller, and how much that is predicted to change what it hands on.
+
+Units of a group go by optimal brain surgeon, weighted by what the layers behind make of them; the rank of a site goes
+by its weighted singular values. Both start from the region as it stands: from moments of what it is really fed, and
+from the weights that earlier steps have refitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_decomp.axes import Region
+from onnx_decomp.passes.compensation import Moments, factored, refit
+from onnx_decomp.passes.folding import block_ranks, block_sizes, partition
+from onnx_decomp.passes.importance import weighted
+from onnx_decomp.passes.lowrank import factor
+from onnx_decomp.passes.reduction import UnitPath, round_up, unit_path
+from onnx_decomp.passes.tradeoff import Key, Knob, Work, size_levels
+from onnx_decomp.program import DROPPED, Labels, Segment
+from onnx_decomp.sites import Affine
+
+Array = NDArray[np.float64]
+
+RIDGE = 1e-6
+"""Of the refit by which a sensitivity is measured."""
+
+SMALLEST = 8
+"""Sites with fewer rows or columns are not factored."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A region as it stands: its segments, affine maps and moments by site, and S of each site (None: identity)."""
+
+    region: Region
+    segments: tuple[Segment, ...]
+    affine: tuple[Affine, ...]
+    moments: tuple[Moments, ...]
+    importance: tuple[Array | None, ...]
+
+    def readers(self, group: int) -> list[int]:
+        return [at for at, (read, _) in enumerate(self.region.ends) if read == group]
+
+    def segment(self, at: int) -> Segment:
+        return next(segment for segment in self.segments if at in segment.sites)
+
+    def labels(self, group: int) -> Labels:
+        """Block of each element of a group; DROPPED by one segment is dropped by all."""
+        found = [segment.labels[group] for segment in self.segments if group in segment.labels]
+        gone = np.any([each == DROPPED for each in found], axis=0)
+        wide = max(found, key=lambda each: int(each.max(initial=0)))
+        return np.where(gone, np.int32(DROPPED), wide)
+
+
+@dataclass(frozen=True)
+class UnitKnob:
+    """Fewer units of one group. kept: for each level which elements stay."""
+
+    knob: Knob
+    kept: tuple[NDArray[np.bool_], ...]
+
+
+def unread_inputs(region: Region) -> list[int]:
+    """Groups that only sites of the region read: its tensor as it enters, nothing else of it is needed here."""
+    written = {group for _, group in region.ends}
+    found = []
+    for entry in region.entries:
+        group = region.group_of[entry]
+        reading = [site for site in region.sites if site.input == entry]
+        plain = len(region.carriers[entry].units) == region.groups[group].size
+        readers = sum(read == group for read, _ in region.ends)
+        if plain and group not in written and len(reading) == readers:
+            found.append(group)
+    return found
+
+
+def unit_knobs(standing: Standing, multiple: int, share: float) -> list[UnitKnob]:
+    """A knob for each group that can lose units: hidden ones, and inputs that need not be read.
+
+    share: of the units, down to which levels are looked at from here.
+    """
+    region, made = standing.region, []
+    for group in [*sorted(region.elastic), *unread_inputs(region)]:
+        readers = standing.readers(group)
+        if len({region.sites[at].input for at in readers}) == 1:
+            made.append(_unit_knob(standing, group, readers, multiple, share))
+    return made
+
+
+def _unit_knob(
+    standing: Standing, group: int, readers: Sequence[int], multiple: int, share: float
+) -> UnitKnob:
+    labels = standing.labels(group)
+    stays = np.flatnonzero(labels != DROPPED)
+    blocks = max(int(labels.max(initial=0)) + 1, 1)
+    first = readers[0]
+    rows = partition(standing.region, standing.segments)[first][0][stays]
+    weights = [weighted(standing.affine[at].weight[stays], standing.importance[at]) for at in readers]
+    least = max(int(len(stays) * share), blocks)
+    path = _path(standing.moments[first].xx[np.ix_(stays, stays)], np.hstack(weights), rows, share)
+    kept, sizes, harm = [labels != DROPPED], [_counts(labels, labels != DROPPED, blocks)], [0.0]
+    for count in size_levels(len(stays), multiple if blocks == 1 else 1, least)[1:]:
+        mask = _kept(path, labels[stays], int(count), multiple)
+        if mask.sum() < kept[-1].sum():
+            whole = np.zeros(len(labels), bool)
+            whole[stays] = mask
+            kept.append(whole)
+            sizes.append(_counts(labels, whole, blocks))
+            harm.append(float(path.squared[len(stays) - int(mask.sum())]))
+    key = Key(standing.region.name, "units", group)
+    knob = Knob(key, np.array(sizes), np.array(harm), np.zeros(len(harm)))
+    return UnitKnob(knob, tuple(kept))
+
+
+def _path(xx: Array, weight: Array, blocks: Labels, share: float) -> UnitPath:
+    """The path over all blocks; what goes from one does nothing to another, so each has its own, merged by its cost."""
+    order, growth, total = [], [], 0.0
+    for block in np.unique(blocks):
+        units = np.flatnonzero(blocks == block)
+        path = unit_path(xx[np.ix_(units, units)], weight[units], max(int(len(units) * share), 1))
+        order.append(units[path.order])
+        known = np.isfinite(path.squared)
+        growth.append(np.full(len(units), np.inf))
+        growth[-1][: known.sum() - 1] = np.diff(path.squared[known])
+        total += path.total
+    units, steps = np.concatenate(order), np.concatenate(growth)
+    # In the order of each path, so by the dearest step up to a unit.
+    dearest = np.concatenate([np.maximum.accumulate(each) for each in growth])
+    merged = np.argsort(dearest, kind="stable")
+    squared = np.concatenate([[0.0], np.cumsum(steps[merged])])
+    return UnitPath(units[merged], squared, total)
+
+
+def _kept(path: UnitPath, labels: Labels, count: int, multiple: int) -> NDArray[np.bool_]:
+    """At least one unit of every block, in widths that vector units like."""
+    stays = np.zeros(len(labels), bool)
+    stays[path.order[len(labels) - count :]] = True
+    rank = np.empty(len(labels), np.intp)
+    rank[path.order] = np.arange(len(labels))
+    for block in np.unique(labels):
+        members = np.flatnonzero(labels == block)
+        wanted = round_up(int(stays[members].sum()), len(members), multiple)
+        stays[members] = False
+        stays[members[np.argsort(-rank[members])[:wanted]]] = True
+    return stays
+
+
+def _counts(labels: Labels, kept: NDArray[np.bool_], blocks: int) -> NDArray[np.intp]:
+    return np.bincount(labels[kept & (labels != DROPPED)], minlength=blocks)
+
+
+def rank_knobs(standing: Standing, multiple: int) -> list[Knob]:
+    """A knob for the rank of each site whose weight is its own."""
+    region = standing.region
+    weights = [site.weight for site in region.sites]
+    spans = partition(region, standing.segments)
+    found = []
+    for at, site in enumerate(region.sites):
+        sizes = block_sizes(region, standing.segment(at), at)
+        if weights.count(site.weight) == 1 and min(min(size) for size in sizes) >= SMALLEST:
+            found.append(_rank_knob(standing, at, spans[at], multiple))
+    return [knob for knob in found if len(knob.harm) > 1]
+
+
+def _rank_knob(standing: Standing, at: int, span: tuple[Labels, Labels], multiple: int) -> Knob:
+    segment, (rows, columns) = standing.segment(at), span
+    tails, importance = [], standing.importance[at]
+    for block in range(segment.blocks):
+        r, c = np.flatnonzero(rows == block), np.flatnonzero(columns == block)
+        within = None if importance is None else importance[np.ix_(c, c)]
+        weight = standing.affine[at].weight[np.ix_(r, c)]
+        tails.append(factor(standing.moments[at].xx[np.ix_(r, r)], weight, within).tail)
+    now = block_ranks(standing.region, segment, at)
+    squares = np.sort(np.concatenate([-np.diff(tail) for tail in tails]))[::-1]
+    levels, harm = [now], [0.0]
+    for total in size_levels(sum(now), multiple if segment.blocks == 1 else 1, segment.blocks)[1:]:
+        ranks = [
+            _rank(tail, squares[total - 1], limit, multiple) for tail, limit in zip(tails, now, strict=True)
+        ]
+        if sum(ranks) < sum(levels[-1]):
+            levels.append(tuple(ranks))
+            harm.append(float(sum(tail[rank] for tail, rank in zip(tails, ranks, strict=True))))
+    key = Key(standing.region.name, "rank", at)
+    return Knob(key, np.array(levels), np.array(harm), np.zeros(len(harm)))
+
+
+def _rank(tail: Array, threshold: float, limit: int, multiple: int) -> int:
+    """Singular values of one block at the threshold or above it."""
+    count = int(np.count_nonzero(-np.diff(tail) >= threshold))
+    return min(round_up(max(count, 1), limit, multiple), limit)
+
+
+def works(standing: Standing, knobs: Mapping[Key, Knob], rows_of_x: Mapping[int, int]) -> list[Work]:
+    """What the sites of a region cost, by their knobs."""
+    region, made = standing.region, []
+    for at, site in enumerate(region.sites):
+        sizes = block_sizes(region, standing.segment(at), at)
+        axes: list[Key | tuple[int, ...]] = []
+        for side, group in enumerate(region.ends[at]):
+            key = Key(region.name, "units", group)
+            axes.append(key if key in knobs else tuple(size[side] for size in sizes))
+        rank = Key(region.name, "rank", at)
+        made.append(Work(axes[0], axes[1], rank, rows_of_x.get(site.index, 1), len(sizes)))
+    return made
+
+
+def turned(
+    standing: Standing, key: Key, level: int, knob: Knob, kept: NDArray[np.bool_] | None
+) -> dict[int, Affine]:
+    """Affine maps by position with one knob turned and everything else as it is: to measure what that does."""
+    spans = partition(standing.region, standing.segments)
+    if key.kind == "rank":
+        at = key.at
+        ranks = tuple(int(rank) for rank in knob.sizes[level])
+        new = factored(standing.moments[at], standing.affine[at], *spans[at], ranks, standing.importance[at])
+        return {at: new}
+    assert kept is not None
+    made = {}
+    for at in standing.readers(key.at):
+        rows = np.where(kept, spans[at][0], np.int32(DROPPED))
+        made[at] = refit(standing.moments[at], standing.affine[at], rows, spans[at][1], RIDGE)
+    return made

@@ -1,0 +1,414 @@
+"""The plan over all regions at once: down the trade of cost for change in measured steps.
+
+Every step predicts what each knob of each region would change, weighted by sensitivities that were measured, turns
+those that save most for the least (`tradeoff`), refits all rewritten regions in graph order on what the rewritten model
+feeds them, and measures the outputs. What is predicted for the next step is scaled by what was measured for this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_decomp.axes import Region
+from onnx_decomp.calibration import Part as DataPart
+from onnx_decomp.cost import CostModel
+from onnx_decomp.passes.compensation import HELD, Calibrator, Refitted, View, refit_run
+from onnx_decomp.passes.folding import Keep, compose
+from onnx_decomp.passes.importance import importances, moved_columns
+from onnx_decomp.passes.judging import Judge, batch_size
+from onnx_decomp.passes.knobs import Standing, UnitKnob, rank_knobs, turned, unit_knobs, works
+from onnx_decomp.passes.tradeoff import Descent, Key, Knob, Price
+from onnx_decomp.probe import Feeds, Probe, outer_tensors, stream_of
+from onnx_decomp.program import Program, Segment, Structure
+from onnx_decomp.relay import HELD as CARRIED
+from onnx_decomp.relay import Flow, Relay
+from onnx_decomp.sites import Affine
+
+Array = NDArray[np.float64]
+
+MARGIN = 0.95
+"""Share of the tolerance that may be spent on the select part, so that unseen data still pass."""
+
+OPTIMISM = 2.0
+"""Over the root of the number of select samples: ridges and plans are chosen on them, and unseen ones do worse."""
+
+STEP = 0.65
+"""Cost after a step over cost before it, at the least: moments and weights are taken anew after each."""
+
+LOOK_DOWN = STEP * STEP
+"""Share of a group's units down to which one step looks."""
+
+LEAST_GAIN = 0.995
+"""A step that leaves more of the cost than that is the last."""
+
+NEARLY = 0.9
+"""Share of what may be spent at which a plan is good enough, and which a step that went too far is cut down to."""
+
+STEPS, RETRIES = 40, 4
+
+PARTS: tuple[DataPart, ...] = ("fit", "select")
+"""Of the data, that a search looks at."""
+
+TRIED = 0.1
+"""Relative error of a site's own output at which sensitivities are measured, about."""
+
+ENOUGH, AT_LEAST = 48, 2**14
+"""Rows of x for each input of a region's widest site that are fitted on, and rows in any case, as far as there are."""
+
+FEW = 0.02
+"""Share of the tolerance under which what was spent says nothing yet."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one region is in a plan. refitted: None while it is as the original has it.
+
+    keep: elements that stay, by group. ranks: of each block, by position of a site.
+    """
+
+    region: Region
+    structures: tuple[Structure, ...] = ()
+    keep: Keep = field(default_factory=dict)
+    ranks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    refitted: Refitted | None = None
+    harm: float = 0.0
+    """Its share of the predicted loss (`Judge.loss`)."""
+    importance: Sequence[Array | None] = ()
+    """S of each site, as it stood before the last step."""
+
+    @property
+    def dense(self) -> bool:
+        return not (self.structures or self.keep or self.ranks)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        composed = compose(self.region, self.structures, self.keep)
+        return tuple(
+            replace(segment, ranks={at: self.ranks[at] for at in segment.sites if at in self.ranks})
+            for segment in composed
+        )
+
+    @property
+    def placed(self) -> dict[int, Affine]:
+        """Affine maps as the original graph is fed with them, by index of the site."""
+        if self.refitted is None:
+            return {}
+        return {s.index: fed for s, fed in zip(self.region.sites, self.refitted.placed, strict=True)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All regions, in graph order. spent: of the tolerance, measured on the select part (1: all of it).
+
+    predicted: what was expected to be spent before it was measured; NaN for a plan that no step has made.
+    """
+
+    parts: tuple[Part, ...]
+    cost: float
+    spent: float
+    predicted: float = float("nan")
+
+    @property
+    def harm(self) -> float:
+        return sum(part.harm for part in self.parts)
+
+    @property
+    def placed(self) -> dict[int, Affine]:
+        return {index: fed for part in self.parts for index, fed in part.placed.items()}
+
+
+@dataclass(frozen=True)
+class Look:
+    """A plan's regions as they stand, and the knobs that can be turned from there."""
+
+    plan: Plan
+    standings: list[Standing]
+    knobs: dict[Key, Knob]
+    kept: dict[Key, UnitKnob]
+
+
+@dataclass
+class Search:
+    """The state of one compilation's search: what is held of the original, and the sensitivities measured so far."""
+
+    program: Program
+    regions: Sequence[Region]
+    cost: CostModel
+    judge: Judge
+    units: bool = True
+    ranks: bool = True
+    _calibrators: dict[str, Calibrator] = field(default_factory=dict)
+    _sensitivity: dict[Key, float] = field(default_factory=dict)
+    _exits: dict[str, dict[int, Array]] = field(default_factory=dict)
+    _relay: Relay | None = None
+    _seen: Look | None = None
+    """Of the last plan: a step from it may have to be tried again."""
+
+    def calibrator(
+        self,
+        region: Region,
+        upstream: Mapping[int, Affine],
+        entering: Mapping[DataPart, list[Feeds]] | None = None,
+    ) -> Calibrator:
+        """Of one region, below other regions' affine maps; what it holds of the original is kept for the next time."""
+        if not self._calibrators:
+            self._open()
+        return self._calibrators[region.name].below(upstream, entering)
+
+    def _open(self) -> None:
+        """One calibrator for each region, and the original run once through all of them."""
+        program = self.program
+        self._calibrators = {region.name: self._new_calibrator(region) for region in self.regions}
+        sites = [site for region in program.regions for site in region.sites]
+        relay = Relay(program.index, sites, self.regions, program.source.folder)
+        if len(self.regions) > 1 and relay.possible and program.data.kind == "calibration":
+            self._relay = relay
+            for part, flow in self._flows().items():
+                for region in self.regions:
+                    self._calibrators[region.name].hold(part, flow.to(region, {}))
+                    if flow.held > CARRIED:
+                        self._relay = None
+                        return
+
+    def _flows(self) -> dict[DataPart, Flow]:
+        """Batches at the beginning of the model; none where it can't be run in pieces."""
+        if self._relay is None:
+            return {}
+        first = next(iter(self._calibrators.values()))
+        return {part: Flow(self._relay, first.batches(part)) for part in PARTS}
+
+    def _new_calibrator(self, region: Region) -> Calibrator:
+        program = self.program
+        assert program.probe is not None
+        sites = [site for each in self.regions for site in each.sites]
+        widest = max(site.shape[0] for site in sites)
+        rows = min(program.rows_per_sample[site.index] for site in sites)
+        streams = {site.index: stream_of(program.index, site) for site in region.sites}
+        return Calibrator(
+            program.probe,
+            program.data,
+            Probe(program.index, region.sites, program.source.folder, region=region),
+            outer_tensors(program.index, region),
+            {},
+            HELD // len(self.regions),
+            -(-max(ENOUGH * widest, AT_LEAST) // rows),
+            batch_size(program),
+            {index: name for index, name in streams.items() if name is not None},
+        )
+
+    @property
+    def margin(self) -> float:
+        """Share of the tolerance that a plan may spend on the select part."""
+        samples = max(self.program.data.samples("select"), 1)
+        return MARGIN * max(1.0 - OPTIMISM / float(np.sqrt(samples)), 0.5)
+
+    # Plans
+
+    def start(self, structures: Mapping[str, Sequence[Structure]] | None = None) -> Plan:
+        """Regions with their blocks, if any, and nothing made smaller."""
+        found = structures or {}
+        plan = self.fitted([Part(region, tuple(found.get(region.name, ()))) for region in self.regions])
+        blocked = sum(not part.dense for part in plan.parts)
+        if not blocked:
+            return plan
+        harm = self.judge.loss(plan.placed) / blocked
+        return replace(
+            plan, parts=tuple(part if part.dense else replace(part, harm=harm) for part in plan.parts)
+        )
+
+    def fitted(self, parts: Sequence[Part]) -> Plan:
+        """Refit every part in graph order, on what the ones before it feed it, and measure."""
+        placed: dict[int, Affine] = {}
+        done, flows = [], self._flows()
+        for part in parts:
+            made = part
+            if not part.dense:
+                entering = (
+                    {each: flow.to(part.region, placed) for each, flow in flows.items()} if placed else {}
+                )
+                made = self._refitted(part, placed, entering)
+            placed |= made.placed
+            done.append(made)
+        spent = self.judge.spent(placed) if placed else 0.0
+        return Plan(tuple(done), sum(self.part_cost(part) for part in done), spent)
+
+    def _refitted(
+        self, part: Part, upstream: Mapping[int, Affine], entering: Mapping[DataPart, list[Feeds]]
+    ) -> Part:
+        calibrator = self.calibrator(part.region, upstream, entering)
+        old = [self.program.affine(site) for site in part.region.sites]
+        fitted = refit_run(calibrator, part.region, part.segments, old, upstream, part.importance)
+        return replace(part, refitted=fitted)
+
+    def part_cost(self, part: Part) -> float:
+        """Predicted cost of a region's sites, in the objective's unit."""
+        name = part.region.name
+        fixed = {Key(name, "rank", at): np.array([kept]) for at, kept in part.ranks.items()}
+        knobs = {key: Knob(key, sizes, np.zeros(1), np.zeros(1)) for key, sizes in fixed.items()}
+        bare = Standing(part.region, part.segments, (), (), ())
+        return Descent(knobs, works(bare, {}, self._rows_of_x), self.price).cost
+
+    @property
+    def _rows_of_x(self) -> dict[int, int]:
+        samples = self.program.timed_samples
+        return {index: rows * samples for index, rows in self.program.rows_per_sample.items()}
+
+    @property
+    def price(self) -> Price:
+        if self.program.options.objective == "latency":
+            return self._time
+        # A multiply-add for each stored weight: FLOPs and bytes have the same ratio.
+        return lambda rows, k, n, rank: float(rows * (k * n if rank is None else min(k * n, rank * (k + n))))
+
+    def _time(self, rows: int, k: int, n: int, rank: int | None) -> float:
+        whole = self.cost.dense(rows, k, n)
+        if rank is None or rank * (k + n) >= k * n:
+            return whole
+        return self.cost.dense(rows, k, rank) + self.cost.dense(rows, rank, n)
+
+    def _standing(self, part: Part) -> Standing:
+        """A region as it stands, with moments and importances."""
+        region, refitted, segments = part.region, part.refitted, part.segments
+        calibrator = self.calibrator(region, {})
+        if refitted is not None:
+            affine, moments = refitted.affine, refitted.moments
+        else:
+            affine = tuple(self.program.affine(site) for site in region.sites)
+            moments = tuple(calibrator.moments("fit", site, {}) for site in region.sites)
+        importance = importances(calibrator, region, affine, part.placed, self._exits_of(region))
+        return Standing(region, segments, affine, moments, tuple(importance))
+
+    def _exits_of(self, region: Region) -> dict[int, Array]:
+        """S of sites that hand on what they make, by moving one column of them at a time."""
+        if region.name not in self._exits:
+            calibrator = self.calibrator(region, {})
+            self._exits[region.name] = {
+                at: found
+                for at, site in enumerate(region.sites)
+                if region.ends[at][1] not in region.elastic
+                and (found := moved_columns(self.judge, calibrator, site, self.program)) is not None
+            }
+        return self._exits[region.name]
+
+    # Steps
+
+    def smaller(self, plan: Plan, allowed: float, share: float) -> Plan | None:
+        """One step down: predicted loss of at most `allowed` more, or the given share of the cost.
+
+        None where nothing turns.
+        """
+        if self._seen is None or self._seen.plan is not plan:
+            self._seen = self._look(plan)
+        standings, knobs, kept = self._seen.standings, self._seen.knobs, self._seen.kept
+        work = [each for standing in standings for each in works(standing, knobs, self._rows_of_x)]
+        descent = Descent(knobs, work, self.price)
+        descent.run(allowed, share * descent.cost)
+        if not any(descent.levels.values()):
+            return None
+        return self.fitted(
+            [
+                replace(_turned(part, descent, kept), importance=standing.importance)
+                for part, standing in zip(plan.parts, standings, strict=True)
+            ]
+        )
+
+    def _look(self, plan: Plan) -> Look:
+        """All knobs of a plan as it stands, with what they are predicted to do."""
+        standings = [self._standing(part) for part in plan.parts]
+        knobs: dict[Key, Knob] = {}
+        kept: dict[Key, UnitKnob] = {}
+        for standing in standings:
+            units = unit_knobs(standing, self._multiple, LOOK_DOWN) if self.units else []
+            kept |= {found.knob.key: found for found in units}
+            ranks = rank_knobs(standing, self._multiple) if self.ranks else []
+            for knob in [*(found.knob for found in units), *ranks]:
+                weight = self._weigh(plan, standing, knob, kept.get(knob.key))
+                knobs[knob.key] = replace(knob, harm=knob.harm * weight, toll=self._toll(standing, knob))
+        return Look(plan, standings, knobs, kept)
+
+    @property
+    def _multiple(self) -> int:
+        return 16 if self.program.options.objective == "latency" else 4
+
+    def _toll(self, standing: Standing, knob: Knob) -> Array:
+        """Inputs that are left out cost a Gather of the others."""
+        outer = knob.key.kind == "units" and knob.key.at not in standing.region.elastic
+        if not outer or self.program.options.objective != "latency":
+            return knob.toll
+        rows = self._rows_of_x.get(standing.region.sites[0].index, 1)
+        full = len(standing.labels(knob.key.at))
+        kept = knob.sizes.sum(axis=1)
+        return np.array([self.cost.gather(rows, int(n), 1) if n < full else 0.0 for n in kept])
+
+    def _weigh(self, plan: Plan, standing: Standing, knob: Knob, units: UnitKnob | None) -> float:
+        """Loss for each unit of a knob's own error, measured once by turning it alone."""
+        if knob.key not in self._sensitivity:
+            total = _variance(standing, knob.key)
+            level = int(np.searchsorted(knob.harm, TRIED**2 * total))
+            level = min(max(level, 1), len(knob.harm) - 1)
+            own = float(knob.harm[level])
+            if not 1e-9 * total < own < np.inf:
+                return 1.0  # next to nothing yet, whatever it weighs
+            made = turned(standing, knob.key, level, knob, None if units is None else units.kept[level])
+            fed = {
+                standing.region.sites[at].index: View.of(standing.region, standing.segments, at).fed(affine)
+                for at, affine in made.items()
+            }
+            base = self.judge.loss(plan.placed) if plan.placed else 0.0
+            found = self.judge.loss(plan.placed | fed) - base
+            self._sensitivity[knob.key] = max(found, 1e-9) / own
+        return self._sensitivity[knob.key]
+
+    def within(self, plan: Plan) -> Plan:
+        """Steps down from a plan until the tolerance is spent.
+
+        The loss grows with the square of a change, some metrics with the change itself (`Judge.order`).
+        """
+        order, margin, failed, cap = self.judge.order, self.margin, 0, np.inf
+        for _ in range(STEPS):
+            scale = plan.spent**order / plan.harm if plan.spent > FEW and plan.harm > 0 else 1.0
+            allowed = min(margin**order / scale - plan.harm, cap)
+            found = self.smaller(plan, allowed, STEP) if allowed > 0 else None
+            if found is None:
+                break
+            found = replace(found, predicted=(scale * found.harm) ** (1 / order))
+            if found.spent > margin:
+                failed += 1
+                if failed > RETRIES:
+                    break
+                # The loss at which it would have fitted, with a little to spare each time.
+                cap = (found.harm - plan.harm) * min(0.8, (NEARLY * margin / found.spent) ** order)
+                continue
+            if found.cost >= plan.cost:
+                break
+            last = found.cost > LEAST_GAIN * plan.cost or found.spent > NEARLY * margin
+            plan, cap = found, np.inf
+            if last:
+                break
+        return plan
+
+
+def _turned(part: Part, descent: Descent, kept: Mapping[Key, UnitKnob]) -> Part:
+    """A part with the levels that were chosen for it."""
+    keep, ranks, harm = dict(part.keep), dict(part.ranks), part.harm
+    for key, level in descent.levels.items():
+        if key.region != part.region.name or not level:
+            continue
+        knob = descent.knobs[key]
+        harm += float(knob.harm[level])
+        if key.kind == "units":
+            keep[key.at] = kept[key].kept[level]
+        else:
+            ranks[key.at] = tuple(int(rank) for rank in knob.sizes[level])
+    return replace(part, keep=keep, ranks=ranks, harm=harm)
+
+
+def _variance(standing: Standing, key: Key) -> float:
+    """Squared size of what a knob's readers make, weighted as its harm is."""
+    at = key.at if key.kind == "rank" else standing.readers(key.at)[0]
+    importance, yy = standing.importance[at], standing.moments[at].yy
+    return float(yy.sum() if importance is None else (yy * np.diagonal(importance)).sum())
