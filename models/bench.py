@@ -28,6 +28,7 @@ from models import (
     bench_networks,
     bench_planted,
     bench_rounding,
+    bench_smaller,
 )
 from models.bench_common import Section, machine, markdown
 
@@ -39,6 +40,7 @@ SECTIONS: dict[str, Section] = {
     "decision": bench_decision.SECTION,
     "compile": bench_compile.SECTION,
     "rounding": bench_rounding.SECTION,
+    "smaller": bench_smaller.SECTION,
     "frontier": bench_frontier.SECTION,
 }
 

@@ -35,8 +35,8 @@ from onnx_decomp.passes.folding import compose, kept_flops
 from onnx_decomp.passes.independence import co_cluster
 from onnx_decomp.passes.influence import fields_of
 from onnx_decomp.passes.influence import measure as move_inputs
-from onnx_decomp.passes.planning import reduce_to, unread_inputs
-from onnx_decomp.passes.reduction import UnitPath, unit_path
+from onnx_decomp.passes.knobs import unread_inputs
+from onnx_decomp.passes.reduction import UnitPath, round_up, unit_path
 from onnx_decomp.passes.slicing import Forward, Slicing
 from onnx_decomp.probe import Probe, outer_tensors
 from onnx_decomp.program import Program, Segment
@@ -387,9 +387,19 @@ def prune_to(region: Region, paths: Mapping[int, UnitPath], least: float) -> tup
     low, high = -16.0, 1.0  # exponents of the threshold: everything stays, next to nothing does
     for _ in range(48):
         middle = (low + high) / 2
-        enough = flops_of(region, compose(region, (), reduce_to(region, (), paths, 10.0**middle))) >= least
+        enough = flops_of(region, pruned_by(region, paths, 10.0**middle)) >= least
         low, high = (middle, high) if enough else (low, middle)
-    return compose(region, (), reduce_to(region, (), paths, 10.0**low))
+    return pruned_by(region, paths, 10.0**low)
+
+
+def pruned_by(region: Region, paths: Mapping[int, UnitPath], threshold: float) -> tuple[Segment, ...]:
+    """Each group without the units whose loss stays under the threshold, in widths that vector units like."""
+    keep = {}
+    for group, path in paths.items():
+        stays = np.zeros(len(path.order), bool)
+        stays[path.keep_count(round_up(len(path.keep(threshold)), len(path.order)))] = True
+        keep[group] = stays
+    return compose(region, (), keep)
 
 
 def flops_of(region: Region, segments: Sequence[Segment]) -> int:

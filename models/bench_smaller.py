@@ -1,0 +1,130 @@
+"""Feed-forward layers with fewer units, and as products of low rank: speed against the ideal, their FLOPs alone.
+
+Weights are random and of the exact rank, so that what is written computes the same; what such sizes do to trained
+networks is another section's business (`frontier`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from rich.table import Table
+
+from models.bench_common import Section, compare, table, times
+from onnx_decomp.axes import Region, find_regions
+from onnx_decomp.cost import cpu
+from onnx_decomp.passes.folding import compose, decision_of, kept_flops
+from onnx_decomp.passes.pricing import segment_time
+from onnx_decomp.passes.splitting import emit
+from onnx_decomp.program import Rewrite, Segment
+from onnx_decomp.sites import GraphIndex, find_sites, read_affine
+
+WIDTH, HIDDEN = 768, 3072
+ROWS = (16, 128, 512)
+
+
+@dataclass(frozen=True)
+class Way:
+    """Units kept, and the rank of both layers; None: whole."""
+
+    name: str
+    units: int
+    rank: int | None
+
+
+WAYS = (
+    Way("reduced to 1/2", 1536, None),
+    Way("reduced to 1/4", 768, None),
+    Way("rank 1/2 of the FLOPs", HIDDEN, 304),
+    Way("rank 1/4 of the FLOPs", HIDDEN, 152),
+    Way("1/2 of the units x rank", 1536, 256),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way at one number of rows, one thread."""
+
+    way: str
+    rows: int
+    ideal: float
+    """FLOPs before over FLOPs after."""
+    speedup: float
+    interval: tuple[float, float]
+    predicted: float
+
+
+def measure(quick: bool) -> list[Row]:
+    """A pair of layers, 768-3072-768, with a Relu between them."""
+    ways, rows, seconds = (WAYS[:1] + WAYS[2:3], (128,), 0.25) if quick else (WAYS, ROWS, 1.0)
+    return [row for way in ways for row in _measured(way, rows, seconds)]
+
+
+def _measured(way: Way, rows: Sequence[int], seconds: float) -> Iterator[Row]:
+    original = _model(way)
+    index = GraphIndex.build(original, numpy_helper.to_array)
+    (region,) = find_regions(index, find_sites(index))
+    dense, smaller = compose(region), _segments(region, way)
+    affine = tuple(read_affine(index, site) for site in region.sites)
+    rewrite = Rewrite(region, smaller, affine, decision_of(region, smaller), "applied")
+    written = emit(index, [rewrite], 17)
+    flops = [sum(kept_flops(region, segment) for segment in each) for each in (dense, smaller)]
+    for count in rows:
+        feeds = {"x": np.random.default_rng(count).standard_normal((count, WIDTH), np.float32)}
+        timed = compare(original, written, feeds, 1, seconds)
+        before, after = (segment_time(cpu(), count, region, each[0], "dense") for each in (dense, smaller))
+        yield Row(way.name, count, flops[0] / flops[1], timed.speedup, timed.interval, before / after)
+
+
+def _segments(region: Region, way: Way) -> tuple[Segment, ...]:
+    (hidden,) = region.elastic
+    keep = {hidden: np.arange(HIDDEN) < way.units}
+    ranks = {} if way.rank is None else dict.fromkeys(range(len(region.sites)), (way.rank,))
+    return tuple(replace(segment, ranks=ranks) for segment in compose(region, (), keep))
+
+
+def _model(way: Way) -> onnx.ModelProto:
+    rng = np.random.default_rng(0)
+    rank = WIDTH if way.rank is None else way.rank
+    weights = {}
+    for name, (k, n) in {"first": (WIDTH, HIDDEN), "second": (HIDDEN, WIDTH)}.items():
+        sides = rng.standard_normal((k, rank)), rng.standard_normal((rank, n))
+        weights[name] = (sides[0] @ sides[1] / np.sqrt(rank * k)).astype(np.float32)
+        weights[f"{name}.bias"] = np.zeros(n, np.float32)
+    nodes = [
+        helper.make_node("Gemm", ["x", "first", "first.bias"], ["h"], name="first"),
+        helper.make_node("Relu", ["h"], ["a"]),
+        helper.make_node("Gemm", ["a", "second", "second.bias"], ["y"], name="second"),
+    ]
+    x, y = (
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", WIDTH]) for name in ("x", "y")
+    )
+    stored = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "feed-forward", [x], [y], stored)
+    return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Speed-ups beside the ideal."""
+    made = table(
+        "smaller: a feed-forward pair, 768-3072-768 (before / after, one thread, CPU, float32)",
+        ["written"],
+        ["rows", "FLOPs", "speed-up [95 %]", "share of the ideal", "predicted"],
+    )
+    for row in rows:
+        made.add_row(
+            row.way,
+            str(row.rows),
+            f"{row.ideal:.2f}x",
+            times(row.speedup, row.interval),
+            f"{row.speedup / row.ideal:.0%}",
+            f"{row.predicted:.2f}x",
+        )
+    return [made]
+
+
+SECTION = Section("fewer units and low rank: speed against the FLOPs", measure, tables)
