@@ -331,10 +331,7 @@ class Walked:
         found = self.search.smaller(plan, allowed, share)
         if found is None or found.cost > LEAST_GAIN * plan.cost:
             return None
-        order = self.search.judge.order
-        # Next to nothing spent says nothing yet; the loss is about 1 where all is.
-        scale = plan.spent**order / plan.harm if plan.spent > FEW and plan.harm > 0 else 1.0
-        return replace(found, predicted=(scale * found.harm) ** (1 / order))
+        return found
 
     # What is measured
 

@@ -191,7 +191,7 @@ def _rank_knob(standing: Standing, at: int, span: tuple[Labels, Labels], multipl
 def _rank(tail: Array, threshold: float, limit: int, multiple: int) -> int:
     """Singular values of one block at the threshold or above it."""
     count = int(np.count_nonzero(-np.diff(tail) >= threshold))
-    return min(round_up(max(count, 1), limit, multiple), limit)
+    return round_up(max(count, 1), limit, multiple)
 
 
 def works(standing: Standing, knobs: Mapping[Key, Knob], rows_of_x: Mapping[int, int]) -> list[Work]:

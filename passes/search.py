@@ -7,8 +7,9 @@ feeds them, and measures the outputs. What is predicted for the next step is sca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -309,16 +310,25 @@ class Search:
         descent.run(allowed, share * descent.cost)
         if not any(descent.levels.values()):
             return None
-        return self.fitted(
+        found = self.fitted(
             [
                 replace(_turned(part, descent, kept), importance=standing.importance)
                 for part, standing in zip(plan.parts, standings, strict=True)
             ]
         )
+        return replace(found, predicted=(self.scale(plan) * found.harm) ** (1 / self.judge.order))
+
+    def scale(self, plan: Plan) -> float:
+        """What was spent, to the judge's order, for each unit of predicted loss; 1 while next to nothing is spent.
+
+        What is spent to that order grows with the loss: with the square of a change, or with the change itself.
+        """
+        return plan.spent**self.judge.order / plan.harm if plan.spent > FEW and plan.harm > 0 else 1.0
 
     def _look(self, plan: Plan) -> Look:
         """All knobs of a plan as it stands, with what they are predicted to do."""
         standings = [self._standing(part) for part in plan.parts]
+        base = cache(lambda: self.judge.loss(plan.placed) if plan.placed else 0.0)  # only if it is asked for
         knobs: dict[Key, Knob] = {}
         kept: dict[Key, UnitKnob] = {}
         for standing in standings:
@@ -326,7 +336,7 @@ class Search:
             kept |= {found.knob.key: found for found in units}
             ranks = rank_knobs(standing, self._multiple) if self.ranks else []
             for knob in [*(found.knob for found in units), *ranks]:
-                weight = self._weigh(plan, standing, knob, kept.get(knob.key))
+                weight = self._weigh(plan, base, standing, knob, kept.get(knob.key))
                 knobs[knob.key] = replace(knob, harm=knob.harm * weight, toll=self._toll(standing, knob))
         return Look(plan, standings, knobs, kept)
 
@@ -344,8 +354,10 @@ class Search:
         kept = knob.sizes.sum(axis=1)
         return np.array([self.cost.gather(rows, int(n), 1) if n < full else 0.0 for n in kept])
 
-    def _weigh(self, plan: Plan, standing: Standing, knob: Knob, units: UnitKnob | None) -> float:
-        """Loss for each unit of a knob's own error, measured once by turning it alone."""
+    def _weigh(
+        self, plan: Plan, base: Callable[[], float], standing: Standing, knob: Knob, units: UnitKnob | None
+    ) -> float:
+        """Loss for each unit of a knob's own error, measured once by turning it alone; base: the plan's own loss."""
         if knob.key not in self._sensitivity:
             total = _variance(standing, knob.key)
             level = int(np.searchsorted(knob.harm, TRIED**2 * total))
@@ -358,24 +370,18 @@ class Search:
                 standing.region.sites[at].index: View.of(standing.region, standing.segments, at).fed(affine)
                 for at, affine in made.items()
             }
-            base = self.judge.loss(plan.placed) if plan.placed else 0.0
-            found = self.judge.loss(plan.placed | fed) - base
+            found = self.judge.loss(plan.placed | fed) - base()
             self._sensitivity[knob.key] = max(found, 1e-9) / own
         return self._sensitivity[knob.key]
 
     def within(self, plan: Plan) -> Plan:
-        """Steps down from a plan until the tolerance is spent.
-
-        The loss grows with the square of a change, some metrics with the change itself (`Judge.order`).
-        """
+        """Steps down from a plan until the tolerance is spent."""
         order, margin, failed, cap = self.judge.order, self.margin, 0, np.inf
         for _ in range(STEPS):
-            scale = plan.spent**order / plan.harm if plan.spent > FEW and plan.harm > 0 else 1.0
-            allowed = min(margin**order / scale - plan.harm, cap)
+            allowed = min(margin**order / self.scale(plan) - plan.harm, cap)
             found = self.smaller(plan, allowed, STEP) if allowed > 0 else None
             if found is None:
                 break
-            found = replace(found, predicted=(scale * found.harm) ** (1 / order))
             if found.spent > margin:
                 failed += 1
                 if failed > RETRIES:
