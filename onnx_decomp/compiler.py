@@ -47,6 +47,9 @@ from onnx_decomp.sites import GraphIndex, find_sites
 MAX_ROUNDS = 8
 """After so many rounds of undoing, the answer is the copy."""
 
+FRUGAL_ROUNDS, FRUGAL = 2, 0.85
+"""Plans that the report part refuses are made again so often, with that share of what it would have allowed."""
+
 SYNTHETIC_SAMPLES = 64
 
 MOST_TIMED, MOST_ROWS = 128, 1024
@@ -76,14 +79,14 @@ class Result:
 
 @dataclass
 class Gates:
-    """What one round of measuring found; `offender` is the region to undo, None when everything passed."""
+    """What one round of measuring found; `offenders` are the regions to undo, none when everything passed."""
 
     verification: Verification | None = None
     rewrite_change: float = 0.0
     scores: tuple[float, float] | None = None
     """Of the original and of the written model on the report part, where the user has a function for it."""
     latency: Latency | None = None
-    offender: str | None = None
+    offenders: tuple[str, ...] = ()
     why: str = ""
 
 
@@ -104,6 +107,8 @@ class Run:
     """Provider that things are measured on here."""
     evaluation: Evaluation | None = None
     """The user's own score, which decides instead of the metric."""
+    faster: set[str] = field(default_factory=set)
+    """Regions that made the rest faster when they were asked."""
 
     def compile(self) -> tuple[Program, onnx.ModelProto | None]:
         """The program with everything decided, and the written model or None where nothing was kept."""
@@ -296,13 +301,32 @@ class Run:
             _stamp(written, program)
             self.progress.stage(f"measuring, round {number + 1}")
             self.gates = self._measure(program, written)
-            if self.gates.offender is None:
+            if not self.gates.offenders:
                 return written
-            program.banned[self.gates.offender] = self.gates.why
-            self.history.append({"round": number + 1, "undone": self.gates.offender, "why": self.gates.why})
+            if self._with_less(program, number):
+                self.history.append({"round": number + 1, "undone": None, "why": self.gates.why})
+                continue
+            for name in self.gates.offenders:
+                program.banned[name] = self.gates.why
+                self.history.append({"round": number + 1, "undone": name, "why": self.gates.why})
         self._nothing(program, "rounds-exhausted")
         program.rewrites = []
         return None
+
+    def _with_less(self, program: Program, number: int) -> bool:
+        """Whether the same regions are to be planned again, on a smaller budget.
+
+        What was planned on the select part may be a little too much on the report part; banning a region for that
+        would throw away nearly all that it gains.
+        """
+        if self.gates.why != "tolerance" or number >= FRUGAL_ROUNDS or program.predicted is None:
+            return False
+        verification = self.gates.verification
+        spent = verification.spent if verification is not None else np.inf
+        if not np.isfinite(spent):
+            return False
+        program.budget *= FRUGAL / max(spent, 1.0)
+        return True
 
     def emitted(self, program: Program) -> tuple[onnx.ModelProto, Session]:
         """The model with a program's rewrites, and a session of it, once it computes what they do."""
@@ -327,17 +351,17 @@ class Run:
             raise _broken(problem)
         gates.rewrite_change = self._rewrite_change(program, candidate)
         if gates.rewrite_change > self._noise(program.rewrites):
-            gates.offender, gates.why = worst, "rounding"
+            gates.offenders, gates.why = (worst,), "rounding"
             return gates
         limits = Limits.asked(self.options).widened(self._own_rounding(program))
         gates.verification = verify.verify(self.original, candidate, program.data, "report", limits)
         if not gates.verification.passed or self._worse(gates, candidate):
-            gates.offender, gates.why = worst, "tolerance"
+            gates.offenders, gates.why = (worst,), "tolerance"
             return gates
         if self.options.latency_gate:
             gates.latency = self._latency(program, candidate)
-            if self.options.replay is None and (slow := self._slow_region(program, candidate, gates.latency)):
-                gates.offender, gates.why = slow, "latency"
+            if self.options.replay is None:
+                gates.offenders, gates.why = self._slow(program, candidate, gates.latency), "latency"
         return gates
 
     def _worse(self, gates: Gates, candidate: Session) -> bool:
@@ -348,21 +372,22 @@ class Run:
         gates.scores = before, after
         return before - after > self.options.tolerance
 
-    def _slow_region(self, program: Program, candidate: Session, whole: Latency) -> str | None:
-        """The region to undo: the whole is not faster, or it is, but would be faster still without that one."""
+    def _slow(self, program: Program, candidate: Session, whole: Latency) -> tuple[str, ...]:
+        """Regions to undo: the whole is not faster, or it is, but would be faster still without them."""
         rewrites = program.rewrites
         if whole.interval[0] < self.options.min_speedup:
-            return min(rewrites, key=lambda rewrite: rewrite.gain).region.name
-        if len(rewrites) < 2:
-            return None
+            return (min(rewrites, key=lambda rewrite: rewrite.gain).region.name,)
+        if len(rewrites) < 2 or {rewrite.region.name for rewrite in rewrites} <= self.faster:
+            return ()
         gains: dict[str, float] = {}
         for number, rewrite in enumerate(rewrites):
             self.progress.advance(number, len(rewrites))
             rest = [other for other in rewrites if other is not rewrite]
             without = self._session(emit(program.index, rest, model_io.opset(self.source.proto), self.target))
             gains[rewrite.region.name] = self._latency(program, candidate, without, REGION_SECONDS).speedup
-        slowest = min(gains, key=lambda name: gains[name])
-        return slowest if gains[slowest] < 1.0 else None
+        # Asked once: the model without the slow ones is measured as a whole, which is what counts.
+        self.faster |= {name for name, gain in gains.items() if gain >= 1.0}
+        return tuple(name for name, gain in gains.items() if gain < 1.0)
 
     def _noise(self, rewrites: Sequence[Rewrite]) -> float:
         noise = max(FLOAT_NOISE[site.dtype] for rewrite in rewrites for site in rewrite.region.sites)

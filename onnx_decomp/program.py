@@ -192,6 +192,8 @@ class Program:
     probe: Probe | None = None
     evaluation: Evaluation | None = None
     """The user's own score, where it decides instead of a metric."""
+    budget: float = 1.0
+    """Share of the tolerance that plans may spend; less once a gate has refused one."""
     predicted: float | None = None
     """Change of the outputs that the plan expected before its last step was measured."""
     memory: dict[str, object] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,9 @@ from onnx_decomp.passes.compensation import BATCH, BATCH_ROWS
 from onnx_decomp.probe import Feeds
 from onnx_decomp.program import Program
 from onnx_decomp.sites import Affine
+
+Outputs = dict[str, NDArray[Any]]
+"""Of one batch, by name."""
 
 CAUTIOUS = 0.02
 """Relative change, and root of the divergence, of a first step where the tolerance is about something else."""
@@ -38,7 +41,7 @@ class Judge:
     """Compares the model with other affine maps in place against the original, whose outputs it holds."""
 
     program: Program
-    _originals: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+    _originals: list[Outputs] = field(default_factory=list)
 
     @property
     def limits(self) -> Limits:
@@ -59,13 +62,18 @@ class Judge:
             spent = max(spent, evaluation.spent(lambda feeds: probe.run(feeds, placed), "select"))
         return spent
 
-    def loss(self, placed: Mapping[int, Affine]) -> float:
+    def loss(self, placed: Mapping[int, Affine], reference: Sequence[Outputs] | None = None) -> float:
         """How much worse the outputs get, smoothly, as a square: 1 about where the tolerance is spent.
 
         Where the tolerance is about something that does not tell beforehand, 1 is a change that is surely small.
+        reference: what `outputs` made of other affine maps; None: the original.
         """
-        outputs = compare_outputs(self._pairs(placed), self.limits).outputs
+        outputs = compare_outputs(self._pairs(placed, reference), self.limits).outputs
         return max(self._loss(name, change) for name, change in outputs.items())
+
+    def outputs(self, placed: Mapping[int, Affine]) -> Sequence[Outputs]:
+        """The model's outputs on the select part, batch by batch."""
+        return [made for _, made in self._pairs(placed)]
 
     def _loss(self, name: str, change: OutputChange) -> float:
         metric, tolerance = self.limits.of(name)
@@ -86,11 +94,11 @@ class Judge:
         flat: NDArray[np.float64] = difference.ravel()
         return flat
 
-    def _pairs(self, placed: Mapping[int, Affine]) -> Any:
+    def _pairs(self, placed: Mapping[int, Affine], reference: Sequence[Outputs] | None = None) -> Any:
         probe = self.program.probe
         assert probe is not None
         batches: list[Feeds] = list(self.program.data.batches("select", batch_size(self.program)))
         if not self._originals:
             self._originals = [probe.run(feeds, {}) for feeds in batches]
-        for original, feeds in zip(self._originals, batches, strict=True):
-            yield original, probe.run(feeds, placed)
+        for before, feeds in zip(reference or self._originals, batches, strict=True):
+            yield before, probe.run(feeds, placed)

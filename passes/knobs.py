@@ -8,7 +8,7 @@ from the weights that earlier steps have refitted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -222,5 +222,13 @@ def turned(
     made = {}
     for at in standing.readers(key.at):
         rows = np.where(kept, spans[at][0], np.int32(DROPPED))
-        made[at] = refit(standing.moments[at], standing.affine[at], rows, spans[at][1], RIDGE)
+        made[at] = refit(_as_it_stands(standing, at), standing.affine[at], rows, spans[at][1], RIDGE)
     return made
+
+
+def _as_it_stands(standing: Standing, at: int) -> Moments:
+    """Moments whose aim is what the site makes now: a refit towards the original would change more than one knob."""
+    moments, affine = standing.moments[at], standing.affine[at]
+    weight = affine.weight.astype(np.float64)
+    bias = 0.0 if affine.bias is None else affine.bias
+    return replace(moments, xy=moments.xx @ weight, mean_y=moments.mean_x @ weight + bias)

@@ -186,9 +186,10 @@ class Planner:
         if not self.search.regions:
             return
         blocks = self._accepted(verdicts)
-        plan = self._continued() or self.search.within(self.search.start(blocks))
+        continued = self._continued()
+        plan = continued or self.search.within(self.search.start(blocks))
         sliced = self._accepted_slices(blocks, verdicts)
-        if sliced and "plan" not in self.program.memory:
+        if sliced and continued is None:
             other = self.search.within(self.search.start({**blocks, **sliced}))
             if self._total(plan) > self._total(other) / PREFERRED:
                 plan = other
@@ -199,9 +200,9 @@ class Planner:
         self._say(plan, verdicts)
 
     def _continued(self) -> Plan | None:
-        """The plan of the round before, without what a gate has undone since."""
+        """The plan of the round before, without what a gate has undone since; none if it was to spend too much."""
         before = self.program.memory.get("plan")
-        if not isinstance(before, Plan):
+        if not isinstance(before, Plan) or before.spent > self.search.margin:
             return None
         names = {region.name for region in self.search.regions}
         return self.search.within(
@@ -220,7 +221,7 @@ class Planner:
             seen += own
             if name == region.name:
                 break
-        return MARGIN * float(np.sqrt(seen / sum(flops.values())))
+        return MARGIN * self.program.budget * float(np.sqrt(seen / sum(flops.values())))
 
     def _accepted(self, verdicts: Verdicts) -> dict[str, tuple[Structure, ...]]:
         """Regions whose blocks fit and pay, each tried on top of those before it."""

@@ -18,9 +18,9 @@ from onnx_decomp.axes import Region
 from onnx_decomp.calibration import Part as DataPart
 from onnx_decomp.cost import CostModel
 from onnx_decomp.passes.compensation import HELD, Calibrator, Refitted, View, refit_run
-from onnx_decomp.passes.folding import Keep, compose
+from onnx_decomp.passes.folding import Keep, compose, copies_of
 from onnx_decomp.passes.importance import importances, moved_columns
-from onnx_decomp.passes.judging import Judge, batch_size
+from onnx_decomp.passes.judging import Judge, Outputs, batch_size
 from onnx_decomp.passes.knobs import Standing, UnitKnob, rank_knobs, turned, unit_knobs, works
 from onnx_decomp.passes.tradeoff import Descent, Key, Knob, Price
 from onnx_decomp.probe import Feeds, Probe, outer_tensors, stream_of
@@ -59,6 +59,9 @@ TRIED = 0.1
 
 ENOUGH, AT_LEAST = 48, 2**14
 """Rows of x for each input of a region's widest site that are fitted on, and rows in any case, as far as there are."""
+
+FURTHER = 10.0
+"""A sensitivity is measured again where a knob can be turned to that many times the squared error of before."""
 
 FEW = 0.02
 """Share of the tolerance under which what was spent says nothing yet."""
@@ -123,6 +126,14 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """weight: loss for each unit of a knob's own squared error. tried: the relative one that it was measured at."""
+
+    weight: float
+    tried: float
+
+
+@dataclass(frozen=True)
 class Look:
     """A plan's regions as they stand, and the knobs that can be turned from there."""
 
@@ -143,7 +154,7 @@ class Search:
     units: bool = True
     ranks: bool = True
     _calibrators: dict[str, Calibrator] = field(default_factory=dict)
-    _sensitivity: dict[Key, float] = field(default_factory=dict)
+    _sensitivity: dict[Key, Sensitivity] = field(default_factory=dict)
     _exits: dict[str, dict[int, Array]] = field(default_factory=dict)
     _relay: Relay | None = None
     _seen: Look | None = None
@@ -205,7 +216,7 @@ class Search:
     def margin(self) -> float:
         """Share of the tolerance that a plan may spend on the select part."""
         samples = max(self.program.data.samples("select"), 1)
-        return MARGIN * max(1.0 - OPTIMISM / float(np.sqrt(samples)), 0.5)
+        return MARGIN * self.program.budget * max(1.0 - OPTIMISM / float(np.sqrt(samples)), 0.5)
 
     # Plans
 
@@ -216,6 +227,7 @@ class Search:
         blocked = sum(not part.dense for part in plan.parts)
         if not blocked:
             return plan
+        self._sensitivity.clear()  # what they were measured on had other blocks
         harm = self.judge.loss(plan.placed) / blocked
         return replace(
             plan, parts=tuple(part if part.dense else replace(part, harm=harm) for part in plan.parts)
@@ -280,7 +292,10 @@ class Search:
         else:
             affine = tuple(self.program.affine(site) for site in region.sites)
             moments = tuple(calibrator.moments("fit", site, {}) for site in region.sites)
-        importance = importances(calibrator, region, affine, part.placed, self._exits_of(region))
+        importance = part.importance
+        if not importance or not copies_of(segments):
+            # In slices errors of sites are large, and what the layers behind make of them after refits is no guide.
+            importance = importances(calibrator, region, affine, part.placed, self._exits_of(region))
         return Standing(region, segments, affine, moments, tuple(importance))
 
     def _exits_of(self, region: Region) -> dict[int, Array]:
@@ -328,7 +343,7 @@ class Search:
     def _look(self, plan: Plan) -> Look:
         """All knobs of a plan as it stands, with what they are predicted to do."""
         standings = [self._standing(part) for part in plan.parts]
-        base = cache(lambda: self.judge.loss(plan.placed) if plan.placed else 0.0)  # only if it is asked for
+        base = cache(lambda: self.judge.outputs(plan.placed))  # only if they are asked for
         knobs: dict[Key, Knob] = {}
         kept: dict[Key, UnitKnob] = {}
         for standing in standings:
@@ -355,24 +370,36 @@ class Search:
         return np.array([self.cost.gather(rows, int(n), 1) if n < full else 0.0 for n in kept])
 
     def _weigh(
-        self, plan: Plan, base: Callable[[], float], standing: Standing, knob: Knob, units: UnitKnob | None
+        self,
+        plan: Plan,
+        base: Callable[[], Sequence[Outputs]],
+        standing: Standing,
+        knob: Knob,
+        units: UnitKnob | None,
     ) -> float:
-        """Loss for each unit of a knob's own error, measured once by turning it alone; base: the plan's own loss."""
-        if knob.key not in self._sensitivity:
-            total = _variance(standing, knob.key)
-            level = int(np.searchsorted(knob.harm, TRIED**2 * total))
-            level = min(max(level, 1), len(knob.harm) - 1)
-            own = float(knob.harm[level])
-            if not 1e-9 * total < own < np.inf:
-                return 1.0  # next to nothing yet, whatever it weighs
+        """Loss for each unit of a knob's own error, measured by turning it alone; base: what the plan itself makes.
+
+        Against that and not against the original: what is gone already would drown it. What could be turned by
+        next to nothing only when it was measured is measured again once there is more.
+        """
+        total = _variance(standing, knob.key)
+        level = int(np.searchsorted(knob.harm, TRIED**2 * total))
+        level = min(max(level, 1), len(knob.harm) - 1)
+        own = float(knob.harm[level])
+        if not 1e-9 * total < own < np.inf:
+            return 1.0  # next to nothing yet, whatever it weighs
+        known = self._sensitivity.get(knob.key)
+        if known is None or own / total > FURTHER * known.tried:
             made = turned(standing, knob.key, level, knob, None if units is None else units.kept[level])
             fed = {
                 standing.region.sites[at].index: View.of(standing.region, standing.segments, at).fed(affine)
                 for at, affine in made.items()
             }
-            found = self.judge.loss(plan.placed | fed) - base()
-            self._sensitivity[knob.key] = max(found, 1e-9) / own
-        return self._sensitivity[knob.key]
+            found = self.judge.loss(plan.placed | fed, base())
+            known = self._sensitivity[knob.key] = Sensitivity(
+                max(found, 1e-9) / own, min(own / total, TRIED**2)
+            )
+        return known.weight
 
     def within(self, plan: Plan) -> Plan:
         """Steps down from a plan until the tolerance is spent."""

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from onnx_decomp import model_io
+from onnx_decomp import model_io, verify
 from onnx_decomp.compiler import Result, compile_model
-from onnx_decomp.metrics import compare_outputs
+from onnx_decomp.metrics import Limits, Verification, compare_outputs
 from onnx_decomp.options import Metric, Options
 from onnx_decomp.passes.folding import compose, kept_flops
 from onnx_decomp.passes.reduction import RIDGE, unit_path
+from onnx_decomp.passes.search import Plan, Search
 from onnx_decomp.program import Program
 from onnx_decomp.relay import Relay
 from onnx_decomp.runtime import open_session
@@ -162,6 +163,39 @@ def test_what_goes_for_nothing_does_not_end_the_search(tmp_path: Path) -> None:
         result, _ = compiled(mlp(each), x, tmp_path, tolerance=0.1)
         counts.append(result.report["output"]["matmul_flops"])
     assert counts[1] == pytest.approx(counts[0], rel=0.1)
+
+
+def test_a_plan_that_the_report_part_refuses_is_made_again_with_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-back samples are made stricter than those that the plan was made on: nothing need be given up whole."""
+    rng = np.random.default_rng(21)
+    proto = mlp(layers(rng, (24, 48, 40, 16)))
+    real, strict = verify.verify, 0.03
+
+    def stricter(original: Any, candidate: Any, data: Any, part: Any, limits: Limits) -> Verification:
+        return real(original, candidate, data, part, Limits(limits.metric, strict))
+
+    monkeypatch.setattr(verify, "verify", stricter)
+    result, program = compiled(proto, flat(rng, 1600, 24), tmp_path, tolerance=0.05)
+    assert [entry["undone"] for entry in result.report["history"]] in ([None], [None, None])
+    assert program.rewrites
+    assert left(result) < 0.9
+    assert change(proto, result.model, flat(rng, 500, 24)) <= strict * 1.1
+
+
+def test_a_sensitivity_is_measured_against_the_plan_as_it_stands(tmp_path: Path) -> None:
+    """What is gone already would drown what one more turn does: rounding of the large makes the small anything."""
+    rng = np.random.default_rng(22)
+    x = flat(rng, 1600, 24)
+    _, program = compiled(mlp(layers(rng, (24, 48, 40, 16))), x, tmp_path, tolerance=0.3)
+    search = program.memory["search"]
+    assert isinstance(search, Search)
+    plan = program.memory["plan"]
+    assert isinstance(plan, Plan)
+    assert search.judge.loss(plan.placed) > 0.1
+    again = search.judge.loss(plan.placed, search.judge.outputs(plan.placed))
+    assert again == pytest.approx(0.0, abs=1e-9)
 
 
 # --- what is promised ---------------------------------------------------------------------------------------------
