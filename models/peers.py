@@ -234,7 +234,7 @@ def multiplications(model: onnx.ModelProto) -> int:
     for node in model.graph.node:
         if node.op_type in ("MatMul", "Gemm"):
             weights = [index.resolve(name) for name in node.input[:2]]
-            found += sum(int(np.prod(weight[0].dims)) for weight in weights if weight is not None)
+            found += sum(int(np.prod(weight.shape)) for weight in weights if weight is not None)
     return found
 
 

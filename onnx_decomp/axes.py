@@ -20,8 +20,10 @@ import onnx
 from numpy.typing import NDArray
 from scipy.sparse import coo_array, csgraph
 
-from onnx_decomp.sites import GraphIndex, Site
-from onnx_decomp.tracing import DEFAULT, ELEMENTWISE, MICROSOFT, Units, trace
+from onnx_decomp.graph import DEFAULT
+from onnx_decomp.graph_index import GraphIndex
+from onnx_decomp.sites import Site
+from onnx_decomp.tracing import ELEMENTWISE, MICROSOFT, Units, trace
 
 Positions = NDArray[np.intp]
 
@@ -115,18 +117,19 @@ class Builder:
         self.columns = {site.index: self._weight_units(site, 1) for site in sites}
         self.group_of_unit, self.place = self._group_units()
         self.carriers = {name: self._carrier(name) for name in units.axes}
-        for name in [name for site in sites for name in (site.input, site.output)]:
-            found = self.carriers.get(name)
-            if found is not None and found[0].axis != -1:
-                self.carriers[name] = None  # a site's own units are on the last axis, told or not
+        for site in sites:
+            for name, units_of in ((site.input, self.rows), (site.output, self.columns)):
+                found, own = self.carriers.get(name), self._group(units_of[site.index])
+                if found is not None and (found[0].axis, found[1]) != (-1, own):
+                    self.carriers[name] = None  # a site's own units are on the last axis, told or not
         self.groups = dict(enumerate(self._groups()))
 
     # Groups
 
     def _weight_units(self, site: Site, side: int) -> NDArray[np.int64]:
         """Unit of each row (side 0) or column (1) of W [K, N]."""
-        axis = (-2, -1)[side ^ site.transposed]
-        found = self.traced.of(site.weight, axis)
+        axis = (-2, -1)[side ^ site.turned]
+        found = self.traced.of(site.operand, axis)
         if found is not None:
             return found
         nowhere = len(self.traced.unit)  # an axis of one: its order is no question
@@ -228,7 +231,7 @@ class Builder:
         # What is computed from joined tensors: the statistics of a norm in pieces, say, or a gate of width one.
         beyond = {site.output for site in self.sites if site.shape[1] == 1}
         forward = []
-        for position, node in enumerate(self.index.proto.graph.node):
+        for position, node in enumerate(self.index.nodes):
             if position in taken:
                 continue
             joined = any(name in beyond and self.carriers.get(name) is None for name in node.input)
@@ -251,6 +254,8 @@ class Builder:
             return False
         if node.op_type == "Reshape" and self.index.constant(node.input[1]) is None:
             return False  # a shape that is computed can't be told anew
+        if not self.index.defaults.isdisjoint(node.input):
+            return False  # nobody need feed it, so a region by itself would lack it
         for elements in self.traced.mixed.get(position, []):
             if (self.group_of_unit[self.traced.unit[elements]] >= 0).any():
                 return False

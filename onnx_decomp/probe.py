@@ -8,7 +8,7 @@ the written model must compute, up to float noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ import onnx
 from numpy.typing import NDArray
 
 from onnx_decomp.axes import Region
+from onnx_decomp.graph import is_standard, mentions
+from onnx_decomp.graph_index import INITIALIZERS_APART, GraphIndex
 from onnx_decomp.runtime import Session, open_session
-from onnx_decomp.sites import Affine, GraphIndex, Site, nested_graphs, read_affine
+from onnx_decomp.scratch import kept
+from onnx_decomp.sites import Affine, Site, read_affine
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -31,14 +34,16 @@ def probe_model(index: GraphIndex, sites: Sequence[Site], fetch: Iterable[str]) 
     graph = model.graph
     replaced = {site.nodes[-1]: site for site in sites}
     dropped = {position for site in sites for position in site.nodes}
+    dropped |= index.between([(site.operand, site.nodes[0]) for site in sites])
     nodes = []
-    for position, node in enumerate(index.proto.graph.node):
+    for position, node in enumerate(index.nodes):
         if position in replaced:
             nodes += _affine_nodes(replaced[position])
         elif position not in dropped:
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
+    _only_apart(model)
     for site in sites:
         _add_weights(graph, site)
     del graph.value_info[:]  # a rewrite may have fewer hidden units, or copies of some
@@ -60,7 +65,7 @@ def part_model(
     index: GraphIndex, sites: Sequence[Site], positions: set[int], fed: Sequence[str], fetch: Iterable[str]
 ) -> onnx.ModelProto:
     """Some sites, and operators (by position) beside them, as a model: `fed` are its inputs, `fetch` its outputs."""
-    model = onnx.ModelProto(ir_version=index.proto.ir_version)
+    model = onnx.ModelProto(ir_version=max(index.proto.ir_version, INITIALIZERS_APART))
     model.opset_import.extend(index.proto.opset_import)
     model.functions.extend(index.proto.functions)
     graph = model.graph
@@ -83,15 +88,6 @@ def part_model(
     return model
 
 
-def mentions(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
-    """Every name that nodes read, in nested graphs too."""
-    for node in nodes:
-        yield from node.input
-        for nested in nested_graphs(node):
-            yield from mentions(nested.node)
-            yield from (value.name for value in nested.output)
-
-
 def outer_tensors(index: GraphIndex, region: Region) -> tuple[str, ...]:
     """Tensors computed outside of a region that its operators read."""
     made = {name for position in region.nodes for name in index.node(position).output}
@@ -109,10 +105,10 @@ def stream_of(index: GraphIndex, site: Site) -> str | None:
     if len(readers) != 1 or site.output in index.pinned_tensors:
         return None
     node = index.node(readers[0])
-    if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
+    if not is_standard(node, "Add"):
         return None
     others = [name for name in node.input if name != site.output]
-    return others[0] if len(others) == 1 and index.resolve(others[0]) is None else None
+    return others[0] if len(others) == 1 and others[0] not in index.constants.sources else None
 
 
 def _feeders(index: GraphIndex, region: Region) -> set[int]:
@@ -152,9 +148,49 @@ def _bias(site: Site) -> str:
     return f"onnx_decomp.probe.{site.index}.b"
 
 
+def _widened(model: onnx.ModelProto, types: Mapping[str, int]) -> frozenset[str]:
+    """Make inputs and outputs of bfloat16, which numpy does not know, float32 under another name; give their names.
+
+    types: element type of each tensor, as far as it is known.
+    """
+    graph, narrow, wide = model.graph, onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    nodes, names = list(graph.node), set[str]()
+    for value in graph.input:
+        if value.type.tensor_type.elem_type == narrow:
+            names.add(value.name)
+            nodes.insert(0, onnx.helper.make_node("Cast", [_port(value.name)], [value.name], to=narrow))
+            value.name, value.type.tensor_type.elem_type = _port(value.name), wide
+    for value in graph.output:
+        if types.get(value.name) == narrow:
+            names.add(value.name)
+            nodes.append(onnx.helper.make_node("Cast", [value.name], [_port(value.name)], to=wide))
+            value.CopyFrom(onnx.ValueInfoProto(name=_port(value.name)))
+    if names:
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(copies)
+    return frozenset(names)
+
+
+def _port(name: str) -> str:
+    return f"onnx_decomp.probe.float32.{name}"
+
+
+def _only_apart(model: onnx.ModelProto) -> None:
+    """Old models list initializers among the inputs, where newer ones mean defaults that may be overridden."""
+    if model.ir_version >= INITIALIZERS_APART:
+        return
+    model.ir_version = INITIALIZERS_APART
+    stored = {tensor.name for tensor in model.graph.initializer}
+    kept = [value for value in model.graph.input if value.name not in stored]
+    copies = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in kept]
+    del model.graph.input[:]
+    model.graph.input.extend(copies)
+
+
 def _drop_unread(graph: onnx.GraphProto, weights: set[str]) -> None:
     """Initializers that only the replaced nodes read would stay in memory for nothing."""
-    read = {name for node in graph.node for name in node.input}
+    read = set(mentions(graph.node)) | {value.name for value in graph.output}
     kept = [t for t in graph.initializer if t.name not in weights or t.name in read]
     if len(kept) < len(graph.initializer):
         copies = [onnx.TensorProto.FromString(t.SerializeToString()) for t in kept]
@@ -198,9 +234,11 @@ class Probe:
             self._fed, self.outputs = set(outer_tensors(index, region)), region.exits
             model = local_model(index, region, self._fetchable([*tensors, *region.exits]))
         else:
-            self._fed = {value.name for value in index.proto.graph.input}
-            self.outputs = tuple(value.name for value in index.proto.graph.output)
+            self._fed = set(index.inputs)
+            # Nothing forbids to list an output twice.
+            self.outputs = tuple(dict.fromkeys(value.name for value in index.proto.graph.output))
             model = probe_model(index, sites, self._fetchable(tensors))
+        self._widened = _widened(model, index.element_types)
         self._session: Session = open_session(model, folder=folder, prepack=False)
 
     def _fetchable(self, tensors: Iterable[str]) -> list[str]:
@@ -218,17 +256,26 @@ class Probe:
         inputs = {name: array for name, array in feeds.items() if name in self._fed}
         for site in self.sites:
             inputs[_weight(site)], inputs[_bias(site)] = self._stored(site, affine.get(site.index))
-        return given | self._session.run(inputs, asked, partial=True)
+        for name in self._widened.intersection(inputs):
+            inputs[_port(name)] = inputs.pop(name).astype(np.float32)
+        made = self._session.run(inputs, [self._outside(name) for name in asked], partial=True)
+        return given | dict(zip(asked, made.values(), strict=True))
+
+    def _outside(self, name: str) -> str:
+        """What the session calls a tensor."""
+        return _port(name) if name in self._widened else name
 
     def _stored(self, site: Site, affine: Affine | None) -> tuple[NDArray[Any], NDArray[Any]]:
         if affine is not None:
             return _rounded(site, affine)
         if site.index not in self._original:
-            self._original[site.index] = _rounded(site, read_affine(self._index, site))
+            weight, bias = _rounded(site, read_affine(self._index, site))
+            self._original[site.index] = kept(weight), bias
         return self._original[site.index]
 
 
 def _rounded(site: Site, affine: Affine) -> tuple[NDArray[Any], NDArray[Any]]:
-    """As the written model will store them: in the site's own type, a missing bias as zeros."""
+    """As the written model will compute with them: of the type that it stores, a missing bias as zeros."""
     bias = np.zeros(affine.weight.shape[1], np.float32) if affine.bias is None else affine.bias
-    return np.ascontiguousarray(affine.weight, site.dtype), np.ascontiguousarray(bias, site.dtype)
+    weight = affine.weight.astype(site.storage, copy=False)
+    return np.ascontiguousarray(weight, site.dtype), np.ascontiguousarray(bias, site.dtype)

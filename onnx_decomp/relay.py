@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
 from onnx_decomp.axes import Region
-from onnx_decomp.probe import Feeds, Piece, Probe, mentions, outer_tensors
-from onnx_decomp.sites import Affine, GraphIndex, Site
+from onnx_decomp.graph import mentions
+from onnx_decomp.graph_index import GraphIndex
+from onnx_decomp.probe import Feeds, Piece, Probe, outer_tensors
+from onnx_decomp.scratch import kept
+from onnx_decomp.sites import Affine, Site
 
 HELD = 2**30
 """Bytes that may be carried between two pieces; a model that carries more is run whole."""
@@ -33,7 +37,7 @@ class Relay:
     def __post_init__(self) -> None:
         cuts = [0, *(min(region.nodes) for region in self.regions)]
         live = [self._live(cut) for cut in cuts]
-        kept = self._kept()
+        kept = self._kept
         self._pieces = [
             Piece(frozenset(p for p in kept if first <= p < last), live[number], live[number + 1])
             for number, (first, last) in enumerate(pairwise(cuts))
@@ -45,14 +49,13 @@ class Relay:
 
         Inputs of the model that may be left out are not known to be there.
         """
-        optional = {tensor.name for tensor in self.index.proto.graph.initializer}
-        known = {value.name for value in self.index.proto.graph.input}
+        known = set(self.index.inputs)
         known |= {name for name, element in self.index.element_types.items() if element}
         found = {site.output for site in self.sites} | known
         for region, piece in zip(self.regions, self._pieces, strict=True):
             if not set(outer_tensors(self.index, region)) <= set(piece.leaving):
                 return False
-        return all(set(piece.entering) <= found - optional for piece in self._pieces)
+        return all(set(piece.entering) <= found - self.index.defaults for piece in self._pieces)
 
     def run(self, number: int, feeds: Feeds, affine: Mapping[int, Affine]) -> Feeds:
         """What is still needed where the region begins, from what was needed where the one before it did."""
@@ -66,21 +69,24 @@ class Relay:
             others = piece.positions - {site.nodes[-1] for site in ends}
             own = Piece(others, piece.entering, made)
             self._sessions[number] = Probe(self.index, ends, self.folder, piece=own)
-        return passed | self._sessions[number].run(feeds, affine)
+        found = self._sessions[number].run(feeds, affine)
+        return passed | {name: kept(array) for name, array in found.items()}
 
+    @cached_property
     def _kept(self) -> list[int]:
         """Positions that compute something: of a site's nodes the last."""
         inner = {position for site in self.sites for position in site.nodes[:-1]}
         inner -= {site.nodes[-1] for site in self.sites}
-        return [position for position in range(len(self.index.proto.graph.node)) if position not in inner]
+        inner |= self.index.between([(site.operand, site.nodes[0]) for site in self.sites])
+        return [position for position in range(len(self.index.nodes)) if position not in inner]
 
     def _live(self, cut: int) -> tuple[str, ...]:
         """Tensors made before a position, or fed to the model, that are read there or later."""
-        graph, ends = self.index.proto.graph, {site.nodes[-1]: site for site in self.sites}
-        made = {value.name for value in graph.input} - set(self.index.stored)
-        read = {value.name for value in graph.output}
-        for position in self._kept():
-            node = graph.node[position]
+        ends = {site.nodes[-1]: site for site in self.sites}
+        made = set(self.index.inputs)
+        read = {value.name for value in self.index.proto.graph.output}
+        for position in self._kept:
+            node = self.index.node(position)
             if position < cut:
                 made |= {name for name in node.output if name and name not in self.index.stored}
             else:

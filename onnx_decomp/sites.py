@@ -1,56 +1,69 @@
 """What the graph holds: every use of a constant matrix, in one canonical view.
 
-A *site* is one MatMul or Gemm whose right operand is constant. Its canonical view is the affine map
+A *site* is one product with a constant matrix. Its canonical view is the affine map
 
     y = x @ W + b        W [K, N] (inputs x outputs), b [N] or None
 
-whatever the exporter wrote: a transposed Gemm, alpha and beta, a weight behind Constant, Identity or Transpose, a
-bias in an Add of its own. Everything above this file is free of that detail.
+whatever the exporter wrote: a transposed Gemm, alpha and beta, a constant on the left (`normal_form`), a weight behind
+Constant, Identity, Transpose, Cast, Reshape, Squeeze or Unsqueeze, a bias in an Add of its own. Everything above this
+file is free of that detail. Products that stay as they are are listed too, with the reason.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import ChainMap, defaultdict
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from onnx_decomp.errors import InputError
+from onnx_decomp.graph import DEFAULT, FLOATS, Constants, Source, attribute, bodies, is_standard
+from onnx_decomp.graph_index import GraphIndex
+from onnx_decomp.model_io import opset
+from onnx_decomp.normal_form import bias_of, is_pointwise, matrix
+from onnx_decomp.scratch import kept
 
-FLOATS: dict[int, np.dtype[Any]] = {
-    onnx.TensorProto.FLOAT: np.dtype(np.float32),
-    onnx.TensorProto.FLOAT16: np.dtype(np.float16),
-}
-"""Weight types that are decomposed; any other is declined with the reason `weight-type`."""
+__all__ = ["Affine", "GraphIndex", "Site", "find_sites", "read_affine"]
 
-TensorReader = Callable[[onnx.TensorProto], NDArray[Any]]
+OLDEST_OPSET = 7
+"""Of the models whose products can be rewritten."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One use of a constant matrix. `nodes` are positions in the main graph; the last one makes `output`."""
+    """One use of a constant matrix. `nodes` are positions in the index; the last one makes `output`."""
 
     index: int
     node: str
     op: str
     weight: str
+    """Name of the stored tensor."""
     shape: tuple[int, int]
     dtype: np.dtype[Any]
+    """The type that the product computes in."""
     graph: str
     input: str
     output: str
     nodes: tuple[int, ...]
     transposed: bool
-    """The stored tensor is [N, K]."""
+    """The stored tensor is [N, K], axes of length one left out."""
+    operand: str = ""
+    """The constant that the product reads."""
+    turned: bool = False
+    """The operand is [N, K]."""
+    source: Source | None = field(default=None, repr=False, compare=False)
+    """How the operand comes from what is stored; None where there is no canonical W to read."""
     alpha: float = 1.0
     beta: float = 1.0
     bias: str | None = None
     rank: int | None = None
     """Rank of x where the graph tells."""
+    moved: int = 0
+    """Elements that Transposes around the product move for each row, once it is written in normal form."""
     obstacle: str | None = None
     """Reason code why this site can't be rewritten, or None."""
 
@@ -64,6 +77,25 @@ class Site:
         """Multiply-adds times two for one row of x."""
         return 2 * self.shape[0] * self.shape[1]
 
+    @property
+    def readable(self) -> bool:
+        """There is a canonical W to look at."""
+        return self.source is not None
+
+    @property
+    def storage(self) -> np.dtype[Any]:
+        """The type that weights in its place are stored in: never wider than that of the original.
+
+        Where it is not the type of the product, a Cast follows.
+        """
+        return self.dtype if self.source is None else self.source.storage
+
+    def canonical(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """W [K, N] from an array of the stored tensor's shape; alpha is not in it."""
+        assert self.source is not None
+        arranged = self.source.arranged(stored).reshape(self.shape[::-1] if self.turned else self.shape)
+        return arranged.T if self.turned else arranged
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -72,315 +104,309 @@ class Affine:
     weight: NDArray[np.float32]
     bias: NDArray[np.float32] | None
 
-
-@dataclass
-class GraphIndex:
-    """Who makes and who reads each tensor of the main graph, and which tensors are constant."""
-
-    proto: onnx.ModelProto
-    read: TensorReader
-    producer: dict[str, int] = field(default_factory=dict)
-    consumers: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    stored: dict[str, onnx.TensorProto] = field(default_factory=dict)
-    shapes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
-    element_types: dict[str, int] = field(default_factory=dict)
-    pinned_tensors: set[str] = field(default_factory=set)
-    """Graph inputs and outputs, and whatever a nested graph reads: visible outside the main graph's nodes."""
-
-    @classmethod
-    def build(cls, proto: onnx.ModelProto, read: TensorReader) -> GraphIndex:
-        index = cls(proto, read)
-        graph = proto.graph
-        fed = {value.name for value in graph.input}
-        index.stored = {t.name: t for t in graph.initializer if t.name not in fed}
-        for position, node in enumerate(graph.node):
-            for name in node.output:
-                index.producer[name] = position
-            for name in node.input:
-                if name:
-                    index.consumers[name].append(position)
-            for nested in nested_graphs(node):
-                index.pinned_tensors.update(outer_reads(nested))
-            tensor = constant_tensor(node)
-            if tensor is not None:
-                index.stored[node.output[0]] = tensor
-        index.pinned_tensors.update(fed)
-        index.pinned_tensors.update(value.name for value in graph.output)
-        index.pinned_tensors.update(
-            name for item in graph.quantization_annotation for name in [item.tensor_name]
-        )
-        index._read_shapes()
-        return index
-
-    def _read_shapes(self) -> None:
-        try:
-            inferred = onnx.shape_inference.infer_shapes(self.proto, data_prop=True).graph
-        except Exception:  # inference is a help; a model that it can't read still compiles
-            inferred = self.proto.graph
-        for value in [*inferred.input, *inferred.value_info, *inferred.output]:
-            tensor = value.type.tensor_type
-            self.element_types[value.name] = tensor.elem_type
-            if tensor.HasField("shape"):
-                self.shapes[value.name] = tuple(
-                    dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim
-                )
-
-    def node(self, position: int) -> onnx.NodeProto:
-        node: onnx.NodeProto = self.proto.graph.node[position]
-        return node
-
-    def rank(self, tensor: str) -> int | None:
-        shape = self.shapes.get(tensor)
-        return None if shape is None else len(shape)
-
-    def sole_consumer(self, tensor: str) -> int | None:
-        """Position of the one node that reads `tensor`, or None if it is read elsewhere too."""
-        readers = self.consumers.get(tensor, [])
-        if len(readers) != 1 or tensor in self.pinned_tensors:
-            return None
-        return readers[0]
-
-    def constant(self, tensor: str) -> NDArray[Any] | None:
-        """Value of a constant tensor, reached through Identity, or None."""
-        found = self.resolve(tensor)
-        if found is None:
-            return None
-        stored, transposed, _ = found
-        array = self.read(stored)
-        return array.T if transposed else array
-
-    def resolve(self, tensor: str) -> tuple[onnx.TensorProto, bool, str] | None:
-        """The stored tensor behind `tensor` through Identity and 2-D Transpose: (tensor, transposed, its name)."""
-        transposed = False
-        for _ in range(64):  # chains are short; the bound only guards against cycles in hostile files
-            if tensor in self.stored:
-                return self.stored[tensor], transposed, tensor
-            position = self.producer.get(tensor)
-            if position is None:
-                return None
-            node = self.node(position)
-            if node.domain not in ("", "ai.onnx") or not node.input:
-                return None
-            if node.op_type == "Transpose":
-                permutation = attribute(node, "perm", [1, 0])
-                if list(permutation) != [1, 0]:
-                    return None
-                transposed = not transposed
-            elif node.op_type != "Identity":
-                return None
-            tensor = node.input[0]
-        return None
+    def kept(self) -> Affine:
+        """The same, the weight in a file if it is large."""
+        return Affine(kept(self.weight), self.bias)
 
 
-def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    """Value of a node's attribute, or `default`."""
-    for item in node.attribute:
-        if item.name == name:
-            return onnx.helper.get_attribute_value(item)
-    return default
-
-
-def constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
-    """The tensor that a Constant node holds, or None."""
-    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
-        return None
-    for item in node.attribute:
-        if item.name == "value":
-            tensor: onnx.TensorProto = item.t
-            return tensor
-        if item.name in ("value_float", "value_floats"):
-            values = item.f if item.name == "value_float" else list(item.floats)
-            return onnx.numpy_helper.from_array(np.asarray(values, np.float32), node.output[0])
-        if item.name in ("value_int", "value_ints"):
-            whole = item.i if item.name == "value_int" else list(item.ints)
-            return onnx.numpy_helper.from_array(np.asarray(whole, np.int64), node.output[0])
-    return None
-
-
-def nested_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """Bodies of If, Loop, Scan and the like."""
-    for item in node.attribute:
-        if item.type == onnx.AttributeProto.GRAPH:
-            yield item.g
-        elif item.type == onnx.AttributeProto.GRAPHS:
-            yield from item.graphs
-
-
-def outer_reads(graph: onnx.GraphProto) -> set[str]:
-    """Every name that a nested graph, or one nested in it, mentions as an input or passes through."""
-    names = {name for node in graph.node for name in node.input if name}
-    names.update(value.name for value in graph.output)
-    for node in graph.node:
-        for inner in nested_graphs(node):
-            names |= outer_reads(inner)
-    return names
+# The main graph
 
 
 def find_sites(index: GraphIndex) -> list[Site]:
     """Every site of the model in graph order, those in nested graphs and those that can't be rewritten included."""
     sites: list[Site] = []
-    for position, node in enumerate(index.proto.graph.node):
-        if node.domain in ("", "ai.onnx") and node.op_type in ("MatMul", "Gemm"):
-            site = _read_site(index, position, node, len(sites))
-            if site is not None:
-                sites.append(site)
-        for nested in nested_graphs(node):
-            sites.extend(_nested_sites(index, nested, f"{node.op_type.lower()}:{node.name}", len(sites)))
-    return _mark_shared(sites)
+    inner = _Inner(index)
+    for position, node in enumerate(index.nodes):
+        site = _read_site(index, position, node)
+        if site is None:
+            site = _listed(node, index.constants, "weight-on-the-left", nodes=(position,))
+        found = [*([] if site is None else [site]), *inner.sites(node, index.constants)]
+        sites += [replace(each, index=len(sites) + number) for number, each in enumerate(found)]
+    return _mark_shared(index, sites)
 
 
-def _read_site(index: GraphIndex, position: int, node: onnx.NodeProto, number: int) -> Site | None:
-    found = index.resolve(node.input[1]) if len(node.input) > 1 else None
-    if found is None:
-        return _left_site(index, position, node, number)
-    tensor, transposed, name = found
-    if len(tensor.dims) != 2:
+def _read_site(index: GraphIndex, position: int, node: onnx.NodeProto) -> Site | None:
+    """A product x @ W in normal form; None for anything else."""
+    if not is_standard(node, "MatMul", "Gemm") or len(node.input) < 2:
         return None
-    trans_b = node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
-    transposed ^= trans_b
-    dims = tuple(tensor.dims)
-    shape = (dims[1], dims[0]) if transposed else (dims[0], dims[1])
-    obstacle = None if tensor.data_type in FLOATS else "weight-type"
-    if 0 in shape:
-        obstacle = "empty-weight"
-    bias: str | None = None
-    output, beta = node.output[0], 1.0
-    nodes: tuple[int, ...] = (position,)
-    if node.op_type == "Gemm":
-        if attribute(node, "transA", 0):
-            obstacle = obstacle or "transposed-input"
-        beta = float(attribute(node, "beta", 1.0))
-        if len(node.input) > 2 and node.input[2]:
-            bias = node.input[2]
-            if _bias_array(index, bias, shape[1]) is None:
-                obstacle = obstacle or "bias-not-constant"
-    else:
-        bias, output, nodes = _bias_of_matmul(index, position, node, shape[1])
+    source = index.resolve(node.input[1])
+    sides = matrix(source)
+    if source is None or sides is None or node.input[0] in index.constants.sources:
+        return None
+    turned = node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
+    shape = (sides[1], sides[0]) if turned else sides
+    bias, output, nodes = _bias(index, position, node, shape[1])
+    rank = index.rank(node.input[0])
+    original = index.original(position)
     return Site(
-        index=number,
-        node=node.name,
-        op=node.op_type,
-        weight=name,
+        index=0,
+        node=original.name,
+        op=original.op_type,
+        weight=source.name,
         shape=shape,
-        dtype=FLOATS.get(tensor.data_type, np.dtype(np.float32)),
+        dtype=source.dtype,
         graph="main",
         input=node.input[0],
         output=output,
         nodes=nodes,
-        transposed=transposed,
+        transposed=_is_transposed(source, shape, turned),
+        operand=node.input[1],
+        turned=turned,
+        source=source if source.element in FLOATS and 0 not in shape else None,
         alpha=float(attribute(node, "alpha", 1.0)) if node.op_type == "Gemm" else 1.0,
-        beta=beta,
+        beta=float(attribute(node, "beta", 1.0)) if node.op_type == "Gemm" else 1.0,
         bias=bias,
-        rank=index.rank(node.input[0]),
-        obstacle=obstacle,
+        rank=rank,
+        moved=_moved(index, position, shape),
+        obstacle=_obstacle(source, shape, rank) or _outdated(index),
     )
 
 
-def _left_site(index: GraphIndex, position: int, node: onnx.NodeProto, number: int) -> Site | None:
-    """A constant left operand is reported, and declined: its canonical view comes with its rewrite."""
-    found = index.resolve(node.input[0]) if node.input else None
-    if found is None or len(found[0].dims) != 2:
-        return None
-    tensor, transposed, name = found
-    rows, columns = (tensor.dims[1], tensor.dims[0]) if transposed else tuple(tensor.dims)
-    return Site(
-        index=number,
-        node=node.name,
-        op=node.op_type,
-        weight=name,
-        shape=(columns, rows),
-        dtype=FLOATS.get(tensor.data_type, np.dtype(np.float32)),
-        graph="main",
-        input=node.input[1],
-        output=node.output[0],
-        nodes=(position,),
-        transposed=not transposed,
-        obstacle="weight-on-the-left",
-    )
+def _moved(index: GraphIndex, position: int, shape: tuple[int, int]) -> int:
+    """Inputs are moved before the product, and outputs after it."""
+    turns = [at for at in index.siblings(position) if index.node(at).op_type == "Transpose"]
+    data = [at for at in turns if index.node(at).output[0] not in index.constants.sources]
+    return sum(shape[0] if at < position else shape[1] for at in data)
 
 
-def _bias_array(index: GraphIndex, tensor: str, n: int) -> NDArray[Any] | None:
-    """A constant that adds one value to each of n outputs, as [n]; None if it is anything else."""
-    array = index.constant(tensor)
-    if array is None or array.size not in (1, n) or (array.ndim and array.shape[-1] != array.size):
-        return None
-    return np.broadcast_to(array.reshape(-1), (n,))
+def _obstacle(source: Source, shape: tuple[int, int], rank: int | None) -> str | None:
+    """Why nothing can be written in place of a weight, or None. rank: of x."""
+    if 0 in shape:
+        return "empty-weight"
+    if source.element not in FLOATS:
+        return "weight-type"
+    if source.tensor.data_type not in FLOATS:
+        return "quantized"
+    if source.axes is None or (len(source.shape) > 2 and (rank is None or rank < len(source.shape))):
+        return "reshaped-weight"
+    return None
 
 
-def _bias_of_matmul(
+def _outdated(index: GraphIndex) -> str | None:
+    """Operators from before opset 7 don't broadcast, and ONNX Runtime has only some of them."""
+    return "old-opset" if opset(index.proto) < OLDEST_OPSET else None
+
+
+def _is_transposed(source: Source, shape: tuple[int, int], turned: bool) -> bool:
+    """Whether the stored tensor is [N, K]: by where the axes come from, or by shape where one has length one."""
+    rows, columns = _sides(source, turned)
+    if rows and columns:
+        return rows[0] > columns[0]
+    return tuple(source.tensor.dims)[-2:] != shape
+
+
+def _sides(source: Source, turned: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Axes of the stored tensor that make up the rows of W, and its columns."""
+    if source.axes is None:
+        return (), ()
+    rows, columns = source.axes[-2:]
+    return (columns, rows) if turned else (rows, columns)
+
+
+def _bias(
     index: GraphIndex, position: int, node: onnx.NodeProto, n: int
 ) -> tuple[str | None, str, tuple[int, ...]]:
-    """The Add that follows a MatMul belongs to the site when nothing else sees the product."""
+    """Bias, output and nodes of a product.
+
+    The Add that follows a MatMul belongs to the site when nothing else sees the product.
+    """
     product = node.output[0]
+    if node.op_type == "Gemm":
+        return node.input[2] if len(node.input) > 2 and node.input[2] else None, product, (position,)
     reader = index.sole_consumer(product)
     if reader is not None:
         add = index.node(reader)
-        if add.op_type == "Add" and add.domain in ("", "ai.onnx") and add.input[0] != add.input[1]:
+        if is_standard(add, "Add") and add.input[0] != add.input[1]:
             other = add.input[1] if add.input[0] == product else add.input[0]
-            array = index.constant(other)
+            source = index.resolve(other)
             rank = index.rank(product)
-            fits = array is not None and (array.ndim <= 1 or (rank is not None and array.ndim <= rank))
-            if fits and _bias_array(index, other, n) is not None:
+            fits = source is not None and (
+                len(source.shape) <= 1 or (rank is not None and len(source.shape) <= rank)
+            )
+            if fits and bias_of(index.constants, other, n) is not None:
                 return other, add.output[0], (position, reader)
     return None, product, (position,)
 
 
-def _nested_sites(index: GraphIndex, graph: onnx.GraphProto, where: str, number: int) -> Iterator[Site]:
-    """Sites in a nested graph: listed with the reason that they are not rewritten."""
-    local = {t.name: t for t in graph.initializer}
-    for node in graph.node:
-        if node.op_type in ("MatMul", "Gemm") and node.domain in ("", "ai.onnx") and len(node.input) > 1:
-            tensor = local.get(node.input[1]) or index.stored.get(node.input[1])
-            if tensor is not None and len(tensor.dims) == 2:
-                transposed = node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
-                dims = tuple(tensor.dims)
-                yield Site(
-                    index=number,
-                    node=node.name,
-                    op=node.op_type,
-                    weight=node.input[1],
-                    shape=(dims[1], dims[0]) if transposed else (dims[0], dims[1]),
-                    dtype=FLOATS.get(tensor.data_type, np.dtype(np.float32)),
-                    graph=f"{where}/{graph.name}",
-                    input=node.input[0],
-                    output=node.output[0],
-                    nodes=(),
-                    transposed=transposed,
-                    obstacle="nested-graph",
-                )
-                number += 1
-        for inner in nested_graphs(node):
-            for site in _nested_sites(index, inner, f"{where}/{node.op_type.lower()}:{node.name}", number):
-                yield site
-                number += 1
-
-
-def _mark_shared(sites: list[Site]) -> list[Site]:
+def _mark_shared(index: GraphIndex, sites: list[Site]) -> list[Site]:
     """Uses of one weight are rewritten together, or not at all: else the file would hold two versions of it."""
     uses: dict[str, list[Site]] = defaultdict(list)
     for site in sites:
         uses[site.weight].append(site)
 
-    def alike(site: Site) -> bool:
-        return all(
-            other.obstacle is None and (other.transposed, other.alpha) == (site.transposed, site.alpha)
-            for other in uses[site.weight]
-        )
+    def use(site: Site) -> tuple[object, ...]:
+        sides = None if site.source is None else _sides(site.source, site.turned)
+        return site.obstacle, site.shape, sides, site.dtype, site.transposed, site.alpha
 
+    def alone(weight: str) -> bool:
+        """All uses are alike, and nothing else reads it: a table of embeddings, say."""
+        found = uses[weight]
+        readers = {position for site in found for position in site.nodes}
+        return len({use(site) for site in found}) == 1 and not _read_elsewhere(index, weight, readers)
+
+    shared = {weight for weight in uses if not alone(weight)}
     return [
-        replace(site, obstacle="shared-weight") if not site.obstacle and not alike(site) else site
+        replace(site, obstacle="shared-weight") if not site.obstacle and site.weight in shared else site
         for site in sites
     ]
+
+
+def _read_elsewhere(index: GraphIndex, weight: str, readers: set[int]) -> bool:
+    """Whether a stored tensor, or what is made of it on the way to an operator, is read by others than these."""
+    pending, seen = [weight], {weight}
+    while pending:
+        name = pending.pop()
+        if name in index.pinned_tensors:
+            return True
+        for position in index.consumers.get(name, []):
+            made = {output for output in index.node(position).output if output in index.constants.sources}
+            if not made and position not in readers:
+                return True
+            pending += sorted(made - seen)
+            seen |= made
+    return False
+
+
+# Products that stay as they are
+
+_WEIGHT_INPUTS = {
+    "MatMulInteger": (1, "quantized"),
+    "QLinearMatMul": (3, "quantized"),
+    "DynamicQuantizeMatMul": (1, "quantized"),
+    "MatMulIntegerToFloat": (1, "quantized"),
+    "MatMulNBits": (1, "quantized"),
+    "MatMulBnb4": (1, "quantized"),
+    "QGemm": (3, "quantized"),
+    "QAttention": (1, "quantized"),
+    "Attention": (1, "fused-attention"),
+    "PackedAttention": (1, "fused-attention"),
+    "LongformerAttention": (1, "fused-attention"),
+    "FusedMatMul": (1, "fused-operator"),
+    "FusedGemm": (1, "fused-operator"),
+    "Conv": (1, "convolution"),
+}
+"""Which input of an operator is the weight, and why the operator stays as it is."""
+
+
+def _listed(
+    node: onnx.NodeProto,
+    constants: Constants,
+    reason: str,
+    graph: str = "main",
+    nodes: tuple[int, ...] = (),
+) -> Site | None:
+    """A use of a constant matrix that can't be rewritten; None for anything else. reason: why plain products stay."""
+    at, why = _WEIGHT_INPUTS.get(node.op_type, (1, reason))
+    if is_standard(node, "MatMul", "Gemm"):
+        sides = [name in constants.sources for name in node.input[:2]]
+        if sides.count(True) != 1:
+            return None
+        at = sides.index(True)
+    elif node.op_type not in _WEIGHT_INPUTS or node.domain not in (*DEFAULT, "com.microsoft"):
+        return None
+    elif node.op_type == "Attention" and node.domain in DEFAULT:
+        return None  # the standard one has no weights
+    source = constants.sources.get(node.input[at]) if len(node.input) > at else None
+    shape = None if source is None else _listed_shape(node, source, at)
+    if source is None or shape is None:
+        return None
+    return Site(
+        index=0,
+        node=node.name,
+        op=node.op_type,
+        weight=source.name,
+        shape=shape,
+        dtype=np.dtype(onnx.helper.tensor_dtype_to_np_dtype(source.tensor.data_type)),
+        graph=graph,
+        input=node.input[1 if at == 0 else 0],
+        output=node.output[0],
+        nodes=nodes,
+        transposed=False,
+        obstacle=source.obstacle or why,
+    )
+
+
+def _listed_shape(node: onnx.NodeProto, source: Source, at: int) -> tuple[int, int] | None:
+    """[K, N] of a weight that stays; None where it is no matrix."""
+    if node.op_type in ("MatMulNBits", "MatMulBnb4"):
+        return int(attribute(node, "K", 0)), int(attribute(node, "N", 0))
+    if node.op_type == "Conv":
+        return (source.shape[1], source.shape[0]) if is_pointwise(node, source) else None
+    sides = matrix(source)
+    flag = ("transA", "transB")[at] if at < 2 else ""
+    turned = bool(flag and attribute(node, flag, 0)) ^ (at == 0)
+    return sides if sides is None or not turned else (sides[1], sides[0])
+
+
+MAX_LISTED, MAX_DEPTH = 100_000, 16
+"""Nodes of nested graphs and functions that are looked at, and calls in calls: hostile files have any number."""
+
+
+@dataclass
+class _Inner:
+    """Finds products in bodies of If, Loop and Scan, and in functions: listed with the reason that they stay."""
+
+    index: GraphIndex
+    budget: int = MAX_LISTED
+    functions: dict[tuple[str, str, str], onnx.FunctionProto] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = self.index.proto.functions
+        self.functions = {(f.domain, f.name, f.overload): f for f in found}
+
+    def sites(
+        self,
+        node: onnx.NodeProto,
+        constants: Constants,
+        path: str = "",
+        reason: str = "nested-graph",
+        depth: int = 0,
+    ) -> Iterator[Site]:
+        """Sites inside one node. constants: of the graph that it stands in. path: to that graph."""
+        function = self.functions.get((node.domain, node.op_type, node.overload))
+        for name, graph in bodies(node):
+            stored = {tensor.name: Source.of(tensor.name, tensor) for tensor in graph.initializer}
+            known = ChainMap(stored, cast(dict[str, Source], constants.sources))
+            where = f"{path}{node.op_type.lower()}:{node.name}/{name}"
+            yield from self._all(graph.node, known, where, reason, depth + 1)
+        if function is not None:
+            given = zip(function.input, node.input, strict=False)
+            bound = {name: constants.sources[by] for name, by in given if by in constants.sources}
+            where = f"{path}function:{node.name}"
+            yield from self._all(function.node, bound, where, "function", depth + 1)
+
+    def _all(
+        self,
+        nodes: Sequence[onnx.NodeProto],
+        stored: MutableMapping[str, Source],
+        path: str,
+        reason: str,
+        depth: int,
+    ) -> Iterator[Site]:
+        self.budget -= len(nodes)
+        if self.budget < 0 or depth > MAX_DEPTH:
+            return
+        constants = Constants.of(nodes, stored, self.index.read)
+        for node in nodes:
+            site = _listed(node, constants, reason, path)
+            if site is not None:
+                yield site
+            yield from self.sites(node, constants, f"{path}/", reason, depth)
+
+
+# Canonical weights
 
 
 def read_affine(index: GraphIndex, site: Site) -> Affine:
     """The canonical W [K, N] and b [N] of a site, alpha and beta folded in, in float32.
 
-    Raises InputError where the weight holds NaN or infinity.
+    Raises InputError where the weight holds NaN or infinity, also as float32.
     """
-    found = index.stored[site.weight]
-    array = index.read(found).astype(np.float32)
-    weight = np.ascontiguousarray(array.T if site.transposed else array)
+    assert site.source is not None
+    array = np.asarray(site.source.array(index.read), np.float32)
+    array = array.reshape(site.shape[::-1] if site.turned else site.shape)
+    # What is mapped from a file stays so, unless it has to be turned or lies askew.
+    weight = np.require(array.T if site.turned else array, requirements=["C", "A"])
     if site.alpha != 1.0:
         weight = weight * np.float32(site.alpha)
     if not np.isfinite(weight).all():
@@ -389,7 +415,7 @@ def read_affine(index: GraphIndex, site: Site) -> Affine:
         )
     if site.bias is None:
         return Affine(weight, None)
-    bias = _bias_array(index, site.bias, site.shape[1])
+    bias = bias_of(index.constants, site.bias, site.shape[1])
     if bias is None:
         return Affine(weight, None)
     scaled = bias.astype(np.float32) * np.float32(site.beta)

@@ -22,7 +22,8 @@ import onnx
 from numpy.typing import NDArray
 from scipy.sparse import coo_array, csgraph
 
-from onnx_decomp.sites import GraphIndex, attribute, nested_graphs, outer_reads
+from onnx_decomp.graph import DEFAULT, attribute, nested_graphs, outer_reads
+from onnx_decomp.graph_index import GraphIndex
 
 Elements = NDArray[np.int64]
 
@@ -38,12 +39,13 @@ ELEMENTWISE = frozenset({
 """Operators that act on each position alone, their operands broadcast against each other."""
 MICROSOFT = frozenset({"Gelu", "FastGelu", "QuickGelu", "BiasGelu"})
 """The same in the domain com.microsoft."""
+LONGEST = 2**24
+"""An axis with more positions than this has no units: it is no layer's, and a table of them would not fit in memory."""
 NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
 REDUCTIONS = frozenset(
     f"Reduce{kind}"
     for kind in ("Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "SumSquare", "LogSum", "LogSumExp")
 )
-DEFAULT = ("", "ai.onnx")
 
 
 @dataclass
@@ -91,9 +93,9 @@ class Units:
 def trace(index: GraphIndex) -> Units:
     """Tie, pin and mix through the whole main graph, in its own order (ONNX graphs are sorted)."""
     tracer = Tracer(index)
-    for value in index.proto.graph.input:
-        tracer.pin(tracer.axes_of(value.name), "graph-input")
-    for position, node in enumerate(index.proto.graph.node):
+    for name in index.inputs:
+        tracer.pin(tracer.axes_of(name), "graph-input")
+    for position, node in enumerate(index.nodes):
         tracer.visit(position, node)
     for value in index.proto.graph.output:
         tracer.pin(tracer.axes_of(value.name), "graph-output")
@@ -114,8 +116,7 @@ class Tracer:
 
     @cached_property
     def interface(self) -> set[str]:
-        graph = self.index.proto.graph
-        return {value.name for value in [*graph.input, *graph.output]}
+        return {*self.index.inputs, *(value.name for value in self.index.proto.graph.output)}
 
     def finish(self) -> Units:
         heads = np.concatenate([np.zeros(0, np.int64), *(a for a, _ in self.ties)])
@@ -144,7 +145,7 @@ class Tracer:
         if shape is None:
             return Axes({}, None)
         known = {
-            at - len(shape): None if size is None else self.fresh(size)
+            at - len(shape): None if size is None or size > LONGEST else self.fresh(size)
             for at, size in enumerate(shape)
             if size != 1
         }
@@ -410,6 +411,9 @@ class Tracer:
         outer = prod(before[axis] or 1 for axis in sources[:at])
         found = elements[at]
         assert found is not None
+        if inner * outer * len(found) > LONGEST:
+            self.pins.append((found, "operator:Reshape"))
+            return {axis - rank: None for axis in targets}
         flat = np.tile(np.repeat(found, inner), outer)
         if len(targets) == 1:
             return {targets[0] - rank: flat}

@@ -11,6 +11,8 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnx_decomp.sites import Site
+
 Value: TypeAlias = Any
 """A graphsurgeon tensor; its own annotations are not for type checkers."""
 
@@ -21,11 +23,12 @@ class Fragment:
 
     taken: set[str]
     opset: int
-    dtype: np.dtype[Any]
     nodes: list[gs.Node] = field(default_factory=list)
     outer: dict[str, Value] = field(default_factory=dict)
     """Tensors of the model's own that are read as they stand; graphsurgeon wants one object for each name."""
     weights: dict[str, list[gs.Constant]] = field(default_factory=dict)
+    casts: dict[str, Value] = field(default_factory=dict)
+    """What a weight that is stored in another type is once it was converted, by its name."""
 
     def unique(self, name: str) -> str:
         candidate, number = name, 1
@@ -42,6 +45,17 @@ class Fragment:
                 return other
         self.weights[name].append(gs.Constant(self.unique(name), stored))
         return self.weights[name][-1]
+
+    def stored(self, name: str, array: NDArray[Any], site: Site) -> Value:
+        """A new weight of a site, in the type that its own is stored in; a Cast leads to the type of the product."""
+        constant = self.weight(name, array, site.storage)
+        if site.storage == site.dtype:
+            return constant
+        if constant.name not in self.casts:
+            to = int(onnx.helper.np_dtype_to_tensor_dtype(site.dtype))
+            node = f"{site.name}/decomp/{name.rpartition('.decomp.')[2]}/Cast"
+            self.casts[constant.name] = self.one("Cast", node, [constant], to=to)
+        return self.casts[constant.name]
 
     def read(self, name: str) -> Value:
         return self.outer.setdefault(name, gs.Variable(name))
@@ -75,4 +89,6 @@ class Fragment:
         """The fragment as messages to splice in: nodes in order, and the initializers they read."""
         graph = gs.Graph(nodes=self.nodes, opset=self.opset, name="fragment")
         exported = gs.export_onnx(graph, do_type_check=False).graph
-        return list(exported.node), list(exported.initializer)
+        # Copies: as parts of the exported message they would keep all of its tensors in memory.
+        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in exported.node]
+        return nodes, list(exported.initializer)

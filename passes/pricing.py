@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from onnx_decomp.axes import Region
 from onnx_decomp.cost import CostModel
-from onnx_decomp.passes.folding import Layout, block_widths, forms
+from onnx_decomp.passes.folding import Layout, block_widths, forms, kept_flops
 from onnx_decomp.program import Form, Segment
 
 
@@ -37,9 +37,23 @@ def with_best_forms(
 
 
 def region_time(cost: CostModel, rows: int, layout: Layout) -> float:
-    """Predicted microseconds of a region's MatMuls and of the rearrangements at its borders."""
+    """Predicted microseconds of a region's products and of the rearrangements at its borders.
+
+    A product in another form is left in it, or stands between Transposes, each about a Gather of long runs.
+    """
     time = sum(segment_time(cost, rows, layout.region, segment, segment.form) for segment in layout.segments)
     for _, crossing in layout.crossings():
         if crossing.index is not None:
             time += cost.gather(rows, len(crossing.index), crossing.run)
-    return time
+    if _stays(layout):
+        return time
+    return time + sum(cost.gather(rows, site.moved, site.moved) for site in layout.region.sites if site.moved)
+
+
+def _stays(layout: Layout) -> bool:
+    """The region is as it was: whole, and in one piece."""
+    region, segments = layout.region, layout.segments
+    whole = sum(site.flops for site in region.sites)
+    return all(segment.blocks == 1 for segment in segments) and whole == sum(
+        kept_flops(region, segment) for segment in segments
+    )

@@ -7,7 +7,7 @@ byte for byte: a round trip of the whole model through onnx-graphsurgeon would n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,50 +15,84 @@ import onnx
 from numpy.typing import NDArray
 
 from onnx_decomp.axes import Carrier
+from onnx_decomp.graph import all_names, constant_tensor, mentions
+from onnx_decomp.graph_index import INITIALIZERS_APART, GraphIndex
 from onnx_decomp.passes.folding import Layout, Orders, along, joined_orders
 from onnx_decomp.passes.fragments import Fragment
 from onnx_decomp.passes.writing import Writer
-from onnx_decomp.probe import mentions
 from onnx_decomp.program import Program, Rewrite
 from onnx_decomp.runtime import Device
-from onnx_decomp.sites import GraphIndex, constant_tensor, nested_graphs
+from onnx_decomp.saving import Aside
 
 
 def emit(
-    index: GraphIndex, rewrites: Sequence[Rewrite], opset: int, target: Device = "cpu"
+    index: GraphIndex,
+    rewrites: Sequence[Rewrite],
+    opset: int,
+    target: Device = "cpu",
+    aside: Aside | None = None,
 ) -> onnx.ModelProto:
-    """The original with every rewrite's region replaced; a pure function, the original stays as it is."""
+    """The original with every rewrite's region replaced; a pure function, the original stays as it is.
+
+    aside: takes large new tensors, which would make the message as large as the model.
+    """
     model = onnx.ModelProto()
     model.CopyFrom(index.proto)
     graph = model.graph
     orders = joined_orders(rewrites)
-    taken = _names(graph)
+    taken = all_names(graph).union(*(node.output for node in index.nodes), (n.name for n in index.nodes))
     fragments: dict[int, list[onnx.NodeProto]] = {}
     removed: set[int] = set()
     new_tensors: list[onnx.TensorProto] = []
     for rewrite in rewrites:
         region = rewrite.region
-        fragment = Fragment(taken, opset, region.sites[0].dtype)
+        fragment = Fragment(taken, opset)
         layout = Layout.of(region, rewrite.segments, orders)
         spans = Writer(index, rewrite, fragment, layout, target).write()
         nodes, tensors = fragment.messages()
         fragments |= {position: nodes[first:last] for position, (first, last) in spans.items()}
         removed.update(region.nodes)
-        new_tensors += tensors
-    nodes = []
-    for position, node in enumerate(index.proto.graph.node):
-        if position not in removed:
-            nodes.append(node)
-        nodes += fragments.get(position, [])
+        new_tensors += tensors if aside is None else map(aside.taken, tensors)
     del graph.node[:]
-    graph.node.extend(nodes)
-    _prune(graph, [index.node(position) for position in sorted(removed)])
-    _reorder(index, graph, rewrites, orders)
+    graph.node.extend(_patched(index, removed, fragments))
+    _prune(model, [index.node(position) for position in sorted(removed)])
+    _reorder(index, graph, rewrites, orders, aside)
     graph.initializer.extend(new_tensors)
+    if model.ir_version < INITIALIZERS_APART:
+        graph.input.extend(
+            onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            for tensor in new_tensors
+        )
     return model
 
 
-def _reorder(index: GraphIndex, graph: onnx.GraphProto, rewrites: Sequence[Rewrite], orders: Orders) -> None:
+def _patched(
+    index: GraphIndex, removed: set[int], fragments: Mapping[int, Sequence[onnx.NodeProto]]
+) -> Iterator[onnx.NodeProto]:
+    """The model's own nodes, with fragments in place of the removed ones.
+
+    A node that stands for several in normal form is written as those where one of them is removed.
+    """
+    opened = {index.origins[position] for position in removed}
+    written = -1
+    for position, node in enumerate(index.nodes):
+        origin = index.origins[position]
+        if origin not in opened:
+            if origin != written:
+                yield index.original(position)
+        elif position not in removed:
+            yield node
+        yield from fragments.get(position, [])
+        written = origin
+
+
+def _reorder(
+    index: GraphIndex,
+    graph: onnx.GraphProto,
+    rewrites: Sequence[Rewrite],
+    orders: Orders,
+    aside: Aside | None,
+) -> None:
     """Store every constant that carries a reordered group in its new order."""
     groups = {number: group for rewrite in rewrites for number, group in rewrite.region.groups.items()}
     changes: dict[str, list[tuple[Carrier, NDArray[np.intp]]]] = {}
@@ -66,35 +100,32 @@ def _reorder(index: GraphIndex, graph: onnx.GraphProto, rewrites: Sequence[Rewri
         if not np.array_equal(order, np.arange(len(order))):
             for carrier in groups[number].stored:
                 changes.setdefault(carrier.tensor, []).append((carrier, order))
-    holders = [(tensor.name, tensor) for tensor in graph.initializer]
-    for node in graph.node:
-        tensor = constant_tensor(node)
-        if tensor is not None:
-            holders.append((node.output[0], tensor))
-    for name, tensor in holders:
-        if name not in changes:
-            continue
+
+    def reordered(name: str) -> onnx.TensorProto:
         array = index.read(index.stored[name])
         for carrier, order in changes[name]:
             array = np.take(array, along(carrier.units, order), axis=carrier.axis)
-        tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(array), tensor.name))
+        stored = onnx.numpy_helper.from_array(np.ascontiguousarray(array), index.stored[name].name)
+        return stored if aside is None else aside.taken(stored)
 
-
-def _names(graph: onnx.GraphProto) -> set[str]:
-    """Every name in use, in nested graphs too."""
-    names = {t.name for t in graph.initializer} | {v.name for v in graph.input}
+    for tensor in graph.initializer:
+        if tensor.name in changes:
+            tensor.CopyFrom(reordered(tensor.name))
     for node in graph.node:
-        names.update([node.name, *node.input, *node.output])
-        for nested in nested_graphs(node):
-            names |= _names(nested)
-    return names
+        if constant_tensor(node) is not None and node.output[0] in changes:
+            # It may hold a plain list, which has no place for a tensor.
+            value = onnx.helper.make_attribute("value", reordered(node.output[0]))
+            del node.attribute[:]
+            node.attribute.append(value)
 
 
-def _prune(graph: onnx.GraphProto, removed: Sequence[onnx.NodeProto]) -> None:
-    """Take out what only the removed nodes read: their weights, and the Constants and Transposes behind them.
+def _prune(model: onnx.ModelProto, removed: Sequence[onnx.NodeProto]) -> None:
+    """Take out what only the removed nodes read: their weights, and the operators that led to them.
 
-    What nothing read before stays: that is not this compiler's business.
+    What nothing read before stays: that is not this compiler's business. Nor do defaults go that callers may override;
+    in old models inputs are listed for all initializers, and go with them.
     """
+    graph = model.graph
     suspects = {name for node in removed for name in node.input if name}
     gone = {name for node in removed for name in node.output}
     while True:
@@ -110,12 +141,16 @@ def _prune(graph: onnx.GraphProto, removed: Sequence[onnx.NodeProto]) -> None:
             suspects.update(graph.node[at].input)
             gone.update(graph.node[at].output)
             del graph.node[at]
-    fed = {value.name for value in graph.input}
+    fed = {value.name for value in graph.input} if model.ir_version >= INITIALIZERS_APART else set()
     for at in reversed(range(len(graph.initializer))):
         name = graph.initializer[at].name
         if name in suspects and name not in read and name not in fed:
             gone.add(name)
             del graph.initializer[at]
+    if not fed:
+        for at in reversed(range(len(graph.input))):
+            if graph.input[at].name in gone:
+                del graph.input[at]
     made = {name for node in graph.node for name in node.output}
     for at in reversed(range(len(graph.value_info))):
         if graph.value_info[at].name in gone - made:
@@ -130,4 +165,5 @@ class Splitting:
 
     def run(self, program: Program) -> None:
         opset = next((o.version for o in program.original.opset_import if o.domain in ("", "ai.onnx")), 1)
-        program.written = emit(program.index, program.rewrites, opset, program.target)
+        aside = None if program.aside is None else Aside(program.aside)
+        program.written = emit(program.index, program.rewrites, opset, program.target, aside)

@@ -12,11 +12,11 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnx_decomp.graph_index import GraphIndex
 from onnx_decomp.passes.folding import Crossing, Layout, block_rank, entering, factors, leaving, members
 from onnx_decomp.passes.fragments import Fragment, Value
 from onnx_decomp.program import Rewrite, Segment
 from onnx_decomp.runtime import Device
-from onnx_decomp.sites import GraphIndex
 
 
 @dataclass
@@ -381,9 +381,9 @@ class Branches:
         rank = block_rank(self.segment, at, block, len(rows), len(columns))
         if rank is not None:
             down, kept = factors(kept, rank)
-            side = make.weight(f"{name}.down", down, site.dtype)
+            side = make.stored(f"{name}.down", down, site)
             value, name = make.one("MatMul", f"{stem}/Down", [value, side]), f"{name}.up"
-        weight = make.weight(name, kept, site.dtype)
+        weight = make.stored(name, kept, site)
         if affine.bias is None:
             return make.one("MatMul", f"{stem}/MatMul", [value, weight], into=into)
         bias = make.weight(
@@ -471,7 +471,7 @@ class Batched:
         site, affine = writer.rewrite.region.sites[at], writer.rewrite.affine[at]
         cells = [writer.cells(at, self.segment, block) for block in range(self.segment.blocks)]
         stack = np.stack([affine.weight[np.ix_(rows, columns)] for rows, columns in cells])
-        weight = make.weight(f"{site.weight}.decomp.blocks", stack, site.dtype)
+        weight = make.stored(f"{site.weight}.decomp.blocks", stack, site)
         name = f"{site.name}/decomp/blocks"
         value = make.one("MatMul", f"{name}/MatMul", [value, weight])
         if affine.bias is None or self._late(site.output) is not None:

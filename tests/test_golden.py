@@ -108,6 +108,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_emitted_graph(name: str) -> None:
     """The text is what it was, and the graph computes what the dense-equivalent one does."""
+    check(name, emitted(name)[0])
+
+
+def emitted(name: str) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """The written model of a case, which computes what the dense-equivalent one does, and inputs for it."""
     case = CASES[name]
     planted = build(case.spec)
     index = index_of(planted.model)
@@ -123,7 +128,7 @@ def test_emitted_graph(name: str) -> None:
     shaped = tuple(replace(s, form=case.form) if s.blocks > 1 else s for s in segments)
     rewrite: Rewrite = rewrite_of(index, region, shaped)
     feeds = calibration(planted, 5, seed=1)
-    check(name, check_equal(index, rewrite, feeds, case.spec.opset))
+    return check_equal(index, rewrite, feeds, case.spec.opset), feeds
 
 
 def _first_of_each(planted: PlantedModel, region: Region, count: int) -> dict[int, np.ndarray]:

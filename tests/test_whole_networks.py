@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from onnx_decomp.probe import Probe
 from onnx_decomp.program import Rewrite, Structure
 from onnx_decomp.runtime import open_session
 from onnx_decomp.sites import GraphIndex, find_sites, read_affine
+from tests.disguise import disguised
 
 SMALL: dict[str, Any] = {"width": 64, "hidden": 128, "blocks": 4, "heads": 4, "layers": 2, "outputs": 16}
 """Hidden axes of 128 with blocks of 32: exact components need no more."""
@@ -74,11 +76,16 @@ def masked_rewrite(index: GraphIndex, region: Region, structure: Structure) -> R
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 100_000), keep=st.integers(1, 255))
-def test_what_is_written_equals_the_masked_dense_network(seed: int, keep: int) -> None:
-    """Any network, any subset of its regions rewritten: the same function as the original with masked weights."""
+@given(seed=st.integers(0, 100_000), keep=st.integers(1, 255), form=st.sampled_from(["plain", "any", "old"]))
+def test_what_is_written_equals_the_masked_dense_network(seed: int, keep: int, form: str) -> None:
+    """Any network, any subset of its regions rewritten: the same function as the original with masked weights.
+
+    Its products are written as they are built, or in forms at random.
+    """
     rng = np.random.default_rng(seed)
     network = build(random_spec(rng, off="untouched", uneven=bool(rng.random() < 0.3)))
+    if form != "plain":
+        network = replace(network, model=disguised(network.model, rng, old=form == "old"))
     index = GraphIndex.build(network.model, onnx.numpy_helper.to_array)
     regions = find_regions(index, find_sites(index))
     structures = true_structures(network, regions)
@@ -124,9 +131,16 @@ def blocks_of(labels: np.ndarray) -> set[frozenset[int]]:
     return {frozenset(np.flatnonzero(labels == block).tolist()) for block in np.unique(labels)}
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_planted_networks_are_recovered_exactly(name: str, tmp_path: Path) -> None:
+IN_OTHER_FORMS = ("pre-norm residual stack", "gated feed-forward", "towers")
+
+
+@pytest.mark.parametrize(
+    ("name", "disguise"), [*((name, False) for name in KINDS), *((name, True) for name in IN_OTHER_FORMS)]
+)
+def test_planted_networks_are_recovered_exactly(name: str, disguise: bool, tmp_path: Path) -> None:
     network = build(KINDS[name])
+    if disguise:
+        network = replace(network, model=disguised(network.model, np.random.default_rng(0)))
     report, written = compiled(network, tmp_path)
     for site in report["sites"]:
         rows, columns = network.labels[site["weight"]]

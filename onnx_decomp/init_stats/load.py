@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,9 +24,6 @@ from onnx_decomp.sites import Affine, Site
 
 RESIDUAL = "c_proj"
 """GPT-2's name for a projection that writes the residual stream."""
-
-_UNREADABLE = ("nested-graph", "empty-weight")
-"""Obstacles of sites that have no canonical W to look at."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def load_nulls(
     """
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--init-preset {preset!r}: unknown; choose one of {', '.join(PRESETS)}")
-    weights = group_sites(sites, scopes or {})
+    weights = group_sites([site for site in sites if site.readable], scopes or {})
     found = _Found()
     if init is not None and init.suffix.lower() == ".json":
         _from_spec(init, weights, found)
@@ -109,7 +107,9 @@ def load_nulls(
         nulls=found.nulls | {site.index: _estimated(site, affine) for site in bare},
         matched=tuple(sorted(found.matched, key=lambda match: match.index)),
         unmatched_entries=tuple(found.spare),
-        unmatched_sites=tuple(s.name for s in bare if asked and s.index not in found.ambiguous),
+        unmatched_sites=tuple(
+            site.name for site in bare if asked and site.readable and site.index not in found.ambiguous
+        ),
         ambiguous=tuple(site.name for site in sites if site.index in found.ambiguous),
     )
 
@@ -145,19 +145,27 @@ def _snapshot(
 ) -> tuple[Null, bool] | None:
     """The null of a matched site and whether the entry is transposed; None where that can't be told."""
     alpha = 1.0 if entry.layout == "canonical" else site.alpha
-    initial = _scaled(entry.read(), alpha)
-    if site.obstacle in _UNREADABLE:
-        transposed: bool | None = entry.shape != site.shape
-    else:
-        transposed = is_transposed(site, entry, step, initial, lambda: affine(site).weight)
+    read_entry = partial(_matrix, entry, site)
+    initial = _scaled(read_entry(), alpha)
+    as_stored = len(entry.shape) != 2
+    transposed = (
+        False if as_stored else is_transposed(site, entry, step, initial, lambda: affine(site).weight)
+    )
     if transposed is None:
         return None
-    read = partial(_canonical, entry, transposed, alpha)
+    read = partial(_canonical, read_entry, transposed, alpha)
     return Null("snapshot", fit(initial), f"{entry.file}: {entry.name}", _resolution(site), read), transposed
 
 
-def _canonical(entry: Entry, transposed: bool, alpha: float) -> NDArray[np.float32]:
-    values = _scaled(entry.read(), alpha)
+def _matrix(entry: Entry, site: Site) -> NDArray[np.float32]:
+    """An entry as a matrix; one that has more axes is stored as the weight is."""
+    return entry.read() if len(entry.shape) == 2 else site.canonical(entry.read())
+
+
+def _canonical(
+    read: Callable[[], NDArray[np.float32]], transposed: bool, alpha: float
+) -> NDArray[np.float32]:
+    values = _scaled(read(), alpha)
     return np.ascontiguousarray(values.T if transposed else values)
 
 
@@ -217,9 +225,11 @@ def _shape(site: Site, weight: Weight, layers: int) -> Shape:
 
 
 def _estimated(site: Site, affine: Callable[[Site], Affine]) -> Null:
-    law = Law("normal", 0.0, 0.0) if site.obstacle in _UNREADABLE else estimate(affine(site).weight)
+    law = estimate(affine(site).weight) if site.readable else Law("normal", 0.0, 0.0)
     return Null("estimated", law, "estimated", _resolution(site))
 
 
 def _resolution(site: Site) -> float:
-    return float(np.finfo(site.dtype).eps) if site.dtype.kind == "f" else float(np.finfo(np.float32).eps)
+    """Relative rounding of the values as they are stored."""
+    stored = site.storage if site.readable else np.float32
+    return float(ml_dtypes.finfo(stored).eps)  # type: ignore[no-untyped-call]

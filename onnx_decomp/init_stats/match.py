@@ -34,8 +34,10 @@ class Weight:
     names: Names
 
     def fits(self, entry: Entry) -> bool:
-        """The entry has the shape of W [K, N], or of its transpose where its orientation is open."""
-        shape = self.sites[0].shape
+        """The entry has the shape of W [K, N], of its transpose where its orientation is open, or of what is stored."""
+        shape, source = self.sites[0].shape, self.sites[0].source
+        if len(entry.shape) != 2:
+            return source is not None and entry.shape == tuple(source.tensor.dims)
         return entry.shape == shape or (entry.layout != "canonical" and entry.shape == shape[::-1])
 
 

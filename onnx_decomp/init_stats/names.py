@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from onnx_decomp.sites import GraphIndex, Site
 
@@ -45,7 +46,7 @@ def split(name: str) -> tuple[Scope, str]:
     """
     scopes = [scope for scope in re.sub(r":\d+$", "", name).split("/") if scope]
     # TorchScript repeats the container in the name of its child: /net/net.0/Gemm is net.0
-    nested = [a for a, b in zip(scopes, [*scopes[1:], ""], strict=True) if not b.startswith(a + ".")]
+    nested = [a for a, b in pairwise([*scopes, ""]) if not b.startswith(a + ".")]
     parts = [part for scope in nested for part in scope.split(".") if part]
     operator = ""
     while len(parts) > 1 and _OPERATOR.fullmatch(parts[-1]):

@@ -1,0 +1,208 @@
+"""Who makes and who reads each tensor of the main graph, and which tensors are constant."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+
+from onnx_decomp import guards
+from onnx_decomp.errors import InputError
+from onnx_decomp.graph import (
+    Constants,
+    Source,
+    TensorReader,
+    all_names,
+    constant_tensor,
+    nested_graphs,
+    outer_reads,
+)
+from onnx_decomp.normal_form import normal_form
+
+SMALL = 1024
+"""Entries of a tensor that shape inference may want to see."""
+
+INFERENCE = 2**30
+"""Bytes of memory that shape inference may take: it sees no weights, and computes what shapes are made of."""
+
+INITIALIZERS_APART = 4
+"""IR version from which initializers need not be listed among the inputs; those that are may be overridden."""
+
+
+@dataclass
+class GraphIndex:
+    """The main graph, its products in normal form; `proto` is the model as it is, and is never changed.
+
+    nodes: the operators in normal form. Everything else counts positions in them. origins: for each the position in
+    the model's own list of the node that it stands for.
+    """
+
+    proto: onnx.ModelProto
+    read: TensorReader
+    nodes: Sequence[onnx.NodeProto] = ()
+    origins: Sequence[int] = ()
+    constants: Constants = field(init=False)
+    producer: dict[str, int] = field(default_factory=dict)
+    consumers: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    stored: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    shapes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+    element_types: dict[str, int] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    """What callers feed, or may feed."""
+    defaults: frozenset[str] = frozenset()
+    """What callers may feed, and need not."""
+    pinned_tensors: set[str] = field(default_factory=set)
+    """Graph inputs and outputs, and whatever a nested graph reads: visible outside the main graph's nodes."""
+
+    @classmethod
+    def build(cls, proto: onnx.ModelProto, read: TensorReader) -> GraphIndex:
+        index = cls(proto, read)
+        index.nodes, index.origins = proto.graph.node, range(len(proto.graph.node))
+        index.constants = Constants.of(index.nodes, index._initializers(), read)
+        index._read_shapes()
+        taken = all_names(proto.graph)
+        normal = normal_form(index.nodes, index.constants, taken, index.shapes.get)
+        if any(len(group) > 1 for group in normal):
+            index.nodes = [node for group in normal for node in group]
+            index.origins = [at for at, group in enumerate(normal) for _ in group]
+            index.constants = Constants.of(index.nodes, index._initializers(), read)
+            index._read_shapes()
+        index._read_nodes()
+        return index
+
+    def _initializers(self) -> dict[str, Source]:
+        """By name. A default that callers may override is no constant."""
+        graph = self.proto.graph
+        listed = (
+            {value.name for value in graph.input} if self.proto.ir_version >= INITIALIZERS_APART else set()
+        )
+        return {
+            tensor.name: Source.of(tensor.name, tensor, "overridable" if tensor.name in listed else None)
+            for tensor in graph.initializer
+        }
+
+    def _read_nodes(self) -> None:
+        graph = self.proto.graph
+        self.stored = {
+            name: source.tensor
+            for name, source in self.constants.sources.items()
+            if name == source.name and source.obstacle != "overridable"
+        }
+        for position, node in enumerate(self.nodes):
+            for name in node.output:
+                self.producer[name] = position
+            for name in node.input:
+                if name:
+                    self.consumers[name].append(position)
+            for nested in nested_graphs(node):
+                self.pinned_tensors.update(outer_reads(nested))
+        self.inputs = tuple(value.name for value in graph.input if value.name not in self.stored)
+        self.defaults = frozenset(self.inputs).intersection(self.constants.sources)
+        self.pinned_tensors.update(self.inputs)
+        self.pinned_tensors.update(value.name for value in graph.output)
+        self.pinned_tensors.update(item.tensor_name for item in graph.quantization_annotation)
+
+    def _read_shapes(self) -> None:
+        try:
+            with guards.limited_memory(INFERENCE):
+                inferred = onnx.shape_inference.infer_shapes(self._skeleton(), data_prop=True).graph
+        except MemoryError as error:
+            raise InputError(
+                f"the shapes of the model take more than {INFERENCE} bytes to tell: is there a Range without end in it?"
+            ) from error
+        except Exception:  # inference is a help; a model that it can't read still compiles
+            inferred = self.proto.graph
+        values = [*inferred.input, *inferred.value_info, *inferred.output]
+        guards.check_sizes(values)
+        for value in values:
+            tensor = value.type.tensor_type
+            self.element_types[value.name] = tensor.elem_type
+            if tensor.HasField("shape"):
+                self.shapes[value.name] = tuple(
+                    dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else None
+                    for dim in tensor.shape.dim
+                )
+        for name, source in self.constants.sources.items():
+            if source.obstacle is None:
+                self.shapes[name], self.element_types[name] = source.shape, source.element
+
+    def _skeleton(self) -> onnx.ModelProto:
+        """The model in normal form, with what is large told by type and shape only."""
+        graph, large = self.proto.graph, {}
+        skeleton = onnx.ModelProto(ir_version=max(self.proto.ir_version, INITIALIZERS_APART))
+        skeleton.opset_import.extend(self.proto.opset_import)
+        skeleton.functions.extend(self.proto.functions)
+        for tensor in graph.initializer:
+            if prod(tensor.dims) <= SMALL:
+                skeleton.graph.initializer.append(tensor)
+            else:
+                large[tensor.name] = tensor
+        for node in self.nodes:
+            held = constant_tensor(node)
+            if held is None or prod(held.dims) <= SMALL:
+                skeleton.graph.node.append(node)
+            else:
+                large[node.output[0]] = held
+        skeleton.graph.input.extend(value for value in graph.input if value.name not in large)
+        skeleton.graph.input.extend(
+            onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
+            for name, tensor in large.items()
+        )
+        skeleton.graph.output.extend(graph.output)
+        skeleton.graph.value_info.extend(graph.value_info)
+        skeleton.graph.sparse_initializer.extend(graph.sparse_initializer)
+        return skeleton
+
+    def node(self, position: int) -> onnx.NodeProto:
+        return self.nodes[position]
+
+    def original(self, position: int) -> onnx.NodeProto:
+        """The node of the model itself that the one at a position stands for."""
+        node: onnx.NodeProto = self.proto.graph.node[self.origins[position]]
+        return node
+
+    def siblings(self, position: int) -> range:
+        """Positions of everything that stands for the same node of the model."""
+        origin = self.origins[position]
+        return range(bisect_left(self.origins, origin), bisect_right(self.origins, origin))
+
+    def rank(self, tensor: str) -> int | None:
+        shape = self.shapes.get(tensor)
+        return None if shape is None else len(shape)
+
+    def sole_consumer(self, tensor: str) -> int | None:
+        """Position of the one node that reads `tensor`, or None if it is read elsewhere too."""
+        readers = self.consumers.get(tensor, [])
+        if len(readers) != 1 or tensor in self.pinned_tensors:
+            return None
+        return readers[0]
+
+    def resolve(self, tensor: str) -> Source | None:
+        """The constant that `tensor` is, through whatever only rearranges or converts it; None for any other."""
+        return self.constants.resolve(tensor)
+
+    def constant(self, tensor: str) -> NDArray[Any] | None:
+        """Value of a constant tensor, or None for any other."""
+        return self.constants.constant(tensor)
+
+    def between(self, reads: Sequence[tuple[str, int]]) -> set[int]:
+        """Positions of operators that only lead from stored tensors to these reads (tensor, position of the reader)."""
+        found: set[int] = set()
+        pending = [name for name, _ in reads]
+        gone = {position for _, position in reads}
+        while pending:
+            name = pending.pop()
+            position = self.producer.get(name)
+            if position is None or name not in self.constants.sources or name in self.pinned_tensors:
+                continue
+            if gone.issuperset(self.consumers.get(name, [])):
+                found.add(position)
+                gone.add(position)
+                pending += self.nodes[position].input
+        return found
