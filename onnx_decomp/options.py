@@ -25,6 +25,7 @@ class Options:
     limits: tuple[OwnLimit, ...] = ()
     evaluate: str | None = None  # SCRIPT.py:function; the tolerance is then the largest drop of its score
     objective: Objective = "latency"
+    search: bool = True  # look for units and ranks to leave out, beside blocks
     provider: Provider = "auto"
     threads: int | None = None  # intra-op threads of the latency gate; None: ONNX Runtime's default
     latency_gate: bool = True
@@ -36,5 +37,6 @@ class Options:
     require_change: bool = False
     force: bool = False
     jobs: int = 1
+    scheduler: str | None = None  # address of a Dask cluster, which does the jobs instead
     dry_run: bool = False
     progress: bool = False

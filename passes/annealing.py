@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
-import joblib
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
@@ -33,8 +32,9 @@ from onnx_decomp.passes.coclustering import (
     valued,
     widths_of,
 )
-from onnx_decomp.passes.significance import block_pair_tests, holm, slabs
+from onnx_decomp.passes.significance import Matrix, block_pair_tests, holm, slabs
 from onnx_decomp.program import DROPPED, Evidence, Program, Structure
+from onnx_decomp.workers import spread
 
 LEVEL = 0.01
 """Of a structure against shuffling, and for each axis of dropping a living element."""
@@ -168,10 +168,10 @@ def exact_structure(run: Sequence[Evidence], wiring: Wiring | None = None) -> St
     if any(e.frozen is None or e.frozen.mean() < FROZEN for e in run):
         return None
     wiring = wiring or Wiring.chain(len(run))
-    tried = [
-        components([_tolerance_mask(e, float(step)) for e in run], wiring)
-        for step in np.linspace(0, 1, PLATEAU)
-    ]
+    scores = [e.z for e in run]
+    steps = [tuple(_tolerance(e, float(step)) for e in run) for step in np.linspace(0, 1, PLATEAU)]
+    found = {tolerances: components(scores, wiring, tolerances) for tolerances in dict.fromkeys(steps)}
+    tried = [found[tolerances] for tolerances in steps]
     stretches = [_stretch(tried, first) for first in range(PLATEAU)]
     first = int(np.argmax(stretches))
     labels, G = tried[first], count_blocks(tried[first])
@@ -183,11 +183,10 @@ def exact_structure(run: Sequence[Evidence], wiring: Wiring | None = None) -> St
     return _structure(run, state, "exact", stretches[first] / PLATEAU)
 
 
-def _tolerance_mask(e: Evidence, step: float) -> NDArray[np.bool_]:
-    """True where an entry [K, N] is not frozen, at a tolerance from the tightest (step 0) to the widest (1)."""
+def _tolerance(e: Evidence, step: float) -> float:
+    """Score up to which an entry counts as frozen, from the tightest (step 0) to the widest (1)."""
     low, high = e.summary.get("frozen_low", 0.0), e.summary.get("frozen_high", 0.0)
-    tolerance = low ** (1 - step) * high**step if low > 0 else 0.0
-    return np.abs(e.z) > np.float32(tolerance)
+    return float(low ** (1 - step) * high**step) if low > 0 else 0.0
 
 
 def _stretch(tried: Sequence[Grouping], first: int) -> int:
@@ -200,15 +199,15 @@ def _stretch(tried: Sequence[Grouping], first: int) -> int:
     return length
 
 
-def components(changed: Sequence[NDArray[np.bool_]], wiring: Wiring) -> Grouping:
-    """Connected components over all axes, by masks [K, N] of each layer; those on every axis are blocks.
+def components(scores: Sequence[Matrix], wiring: Wiring, tolerances: Sequence[float]) -> Grouping:
+    """Connected components over all axes, by entries of each layer's [K, N] above its tolerance.
 
-    Slab by slab, each time on the components so far, so that memory stays bounded.
+    Those on every axis are blocks. Slab by slab, each time on the components so far, so that memory stays bounded.
     """
-    units = wiring.units or ((None, None),) * len(changed)
+    units = wiring.units or ((None, None),) * len(scores)
     of_side = [
-        tuple(np.arange(n) if own is None else own for n, own in zip(mask.shape, pair, strict=True))
-        for mask, pair in zip(changed, units, strict=True)
+        tuple(np.arange(n) if own is None else own for n, own in zip(z.shape, pair, strict=True))
+        for z, pair in zip(scores, units, strict=True)
     ]
     widths = [0] * (1 + max(axis for ends in wiring.ends for axis in ends))
     for ends, sides in zip(wiring.ends, of_side, strict=True):
@@ -216,9 +215,10 @@ def components(changed: Sequence[NDArray[np.bool_]], wiring: Wiring) -> Grouping
             widths[axis] = max(widths[axis], int(elements.max()) + 1)
     starts = np.cumsum([0, *widths])
     component = np.arange(starts[-1], dtype=np.int32)
-    for mask, (row, col), (of_rows, of_cols) in zip(changed, wiring.ends, of_side, strict=True):
-        for part in slabs(mask):
-            rows, cols = np.nonzero(mask[part])
+    layers = zip(scores, tolerances, wiring.ends, of_side, strict=True)
+    for z, tolerance, (row, col), (of_rows, of_cols) in layers:
+        for part in slabs(z):
+            rows, cols = np.nonzero(np.abs(z[part]) > np.float32(tolerance))
             head = component[of_rows[rows + part.start] + starts[row]]
             tail = component[of_cols[cols] + starts[col]]
             graph = coo_array((np.ones(len(head), np.int8), (head, tail)), shape=(starts[-1], starts[-1]))
@@ -343,17 +343,13 @@ class Annealing:
 
     def run(self, program: Program) -> None:
         families = families_of(program.regions)
-        workers = joblib.Parallel(n_jobs=program.options.jobs, prefer="threads")
-        solve = joblib.delayed(find_structure)
-        findings = workers(
-            solve(
-                [program.evidence.get(site.index) for region in family for site in region.sites],
-                program.options.seed,
-                self.restarts,
-                wiring_of(family),
-            )
-            for family in families
-        )
+        options = program.options
+
+        def arguments(family: Sequence[Region]) -> tuple[Any, ...]:
+            evidence = [program.evidence.get(site.index) for region in family for site in region.sites]
+            return evidence, options.seed, self.restarts, wiring_of(family)
+
+        findings = spread(find_structure, families, arguments, options.jobs, options.scheduler)
         for family, found in zip(families, findings, strict=True):
             self._record(program, family, found)
 

@@ -20,6 +20,7 @@ from scipy.special import gammaln, ndtr
 
 from onnx_decomp.passes.significance import Matrix, Vector, one_hot, slabs
 from onnx_decomp.program import DROPPED, Labels
+from onnx_decomp.scratch import kept
 
 Grouping = tuple[Labels, ...]
 """Labels of every axis of the layers that are grouped together."""
@@ -86,7 +87,7 @@ class Layer:
             if frozen is not None:
                 codes[rows][frozen[rows]] = 0
             count += np.bincount(codes[rows].reshape(-1), minlength=LEVELS)
-        return cls(z, codes, count, ends, units)
+        return cls(z, kept(codes), count, ends, units)
 
     def sides(self, labels: Sequence[Labels]) -> tuple[Labels, Labels]:
         """Labels of its rows and of its columns."""
@@ -112,7 +113,7 @@ class Layer:
             self.codes
         ):  # in slabs, as take makes wide indices of its codes; clip skips its checks
             np.take(table.astype(np.float32), self.codes[rows], out=values[rows], mode="clip")
-        return values
+        return kept(values)
 
     def inside(self, rows: Labels, cols: Labels, G: int) -> Vector:
         """How often each level occurs within blocks."""

@@ -24,6 +24,7 @@ from onnx_decomp.passes.folding import block_ranks, copies_of, partition
 from onnx_decomp.passes.lowrank import factor
 from onnx_decomp.probe import Feeds, Probe
 from onnx_decomp.program import DROPPED, Labels, Segment
+from onnx_decomp.scratch import kept
 from onnx_decomp.sites import Affine, Site
 
 Array = NDArray[np.float64]
@@ -38,6 +39,12 @@ BATCH, BATCH_ROWS = 512, 4096
 
 HELD = 2**29
 """Bytes of what enters a region, held in memory for each part of the data."""
+
+STRIP = 512
+"""Rows of a large matrix that are worked on at once."""
+
+FILED = 16
+"""Moments lie in files where they are large, so that many times as many bytes of them are held."""
 
 STEP = 1e-2
 """By which slopes are taken, of a unit's standard deviation: far above float32 rounding, small against the curvature
@@ -57,6 +64,14 @@ class Moments:
     xy: Array
     yy: Array
     """[N]: variances of y alone."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.xx.nbytes + self.xy.nbytes
+
+    def kept(self) -> Moments:
+        """The same, in files where they are large."""
+        return replace(self, xx=kept(self.xx), xy=kept(self.xy))
 
     def of(self, rows: Indices, columns: Indices) -> Moments:
         """Those of one block."""
@@ -95,22 +110,30 @@ def accumulate(
         sum_x += x64.sum(0)
         sum_y += y64.sum(0)
         if blocks is None:
-            xx += x64.T @ x64
+            _add_products(xx, x64, x64)
         for part in parts:
             xx[np.ix_(part, part)] += x64[:, part].T @ x64[:, part]
-        xy += x64.T @ y64
+        _add_products(xy, x64, y64)
         yy += np.einsum("tn,tn->n", y64, y64)
     if rows == 0:
         raise ValueError("no rows to take moments of")
     dx, dy = sum_x / rows, sum_y / rows
-    return Moments(
-        rows,
-        shift_x + dx,
-        shift_y + dy,
-        xx / rows - np.outer(dx, dx),
-        xy / rows - np.outer(dx, dy),
-        np.maximum(yy / rows - dy**2, 0.0),
-    )
+    for products, other in ((xx, dx), (xy, dy)):
+        for some in _strips(len(products)):
+            products[some] /= rows
+            products[some] -= np.outer(dx[some], other)
+    yy = np.maximum(yy / rows - dy**2, 0.0)
+    return Moments(rows, shift_x + dx, shift_y + dy, xx, xy, yy)
+
+
+def _add_products(total: Array, x: Array, y: Array) -> None:
+    """total [K, N] += x' y, in strips: these are the largest arrays that there are, and none is made beside them."""
+    for some in _strips(len(total)):
+        total[some] += x[:, some].T @ y
+
+
+def _strips(size: int) -> Iterator[slice]:
+    return (slice(start, start + STRIP) for start in range(0, size, STRIP))
 
 
 def residual(moments: Moments, affine: Affine) -> float:
@@ -269,9 +292,9 @@ class Calibrator:
     def hold(self, part: Part, batches: list[Feeds]) -> None:
         """Keep what enters the region in the original, if there is room for it."""
         names = {*self.outer, *self.streams.values()}
-        kept: list[Feeds] = [{n: a for n, a in feeds.items() if n in names} for feeds in batches]
-        if sum(array.nbytes for feeds in kept for array in feeds.values()) <= self.limit:
-            self.entering[part, False] = kept
+        wanted = [{n: a for n, a in feeds.items() if n in names} for feeds in batches]
+        if sum(array.nbytes for feeds in wanted for array in feeds.values()) <= self.limit:
+            self.entering[part, False] = [{n: kept(a) for n, a in feeds.items()} for feeds in wanted]
 
     def moments(
         self, part: Part, site: Site, affine: Mapping[int, Affine], blocks: Labels | None = None
@@ -280,7 +303,10 @@ class Calibrator:
         if affine:
             return accumulate(self._pairs(part, site, affine), blocks)
         if (part, site.index) not in self.unchanged:
-            self.unchanged[part, site.index] = accumulate(self._pairs(part, site, affine))
+            made = accumulate(self._pairs(part, site, affine))
+            if sum(each.nbytes for each in self.unchanged.values()) + made.nbytes > FILED * self.limit:
+                return made
+            self.unchanged[part, site.index] = made.kept()
         return self.unchanged[part, site.index]
 
     def slopes(self, site: Site, tensor: str, current: Affine, placed: Mapping[int, Affine]) -> Array:
@@ -337,7 +363,7 @@ class Calibrator:
             held = sum(array.nbytes for array in self.made.values())
             if held + sum(array.nbytes for array in found.values()) > self.limit:
                 return {name: found[name] for name in names}
-            self.made |= {(part, number, name): array for name, array in found.items()}
+            self.made |= {(part, number, name): kept(array) for name, array in found.items()}
         return {name: self.made[part, number, name] for name in names}
 
     def _runs(self, part: Part, rewritten: bool) -> tuple[list[Feeds], list[Feeds], Probe]:
@@ -367,7 +393,8 @@ class Calibrator:
         held, collected = 0, list[Feeds]()
         names = list(dict.fromkeys([*self.outer, *self.streams.values()]))
         for feeds in self._batches(part):
-            collected.append(self.probe.run(feeds, upstream, names))
+            made = self.probe.run(feeds, upstream, names)
+            collected.append({name: kept(array) for name, array in made.items()})
             held += sum(array.nbytes for array in collected[-1].values())
             if held > self.limit:
                 return None
@@ -394,12 +421,13 @@ def refit_run(
     old: Sequence[Affine],
     upstream: Mapping[int, Affine],
     importance: Sequence[Array | None] = (),
+    remember: bool = True,
 ) -> Refitted:
     """Compensate the sites of a region one after another, each on what the rewritten sites before it really feed it.
 
     old: the original affine maps. upstream: affine maps already rewritten elsewhere in the model. importance: S for
     each site that is written in factors, see `lowrank`. Uses of one stored weight are refitted together, on the data
-    of all of them, when the first one's turn comes.
+    of all of them, when the first one's turn comes. remember: the moments that they were fitted on.
     """
     placed = dict(upstream)
     labels = partition(region, segments)
@@ -427,18 +455,23 @@ def refit_run(
         if position in ranks:
             weighting = importance[position] if importance else None
             best = factored(fit, best, rows, columns, ranks[position], weighting)
+        best = best.kept()
         error = (relative_error(fit, best, rows, columns), relative_error(select, best, rows, columns))
+        remembered = fit.kept() if remember else None
         for at, own in zip(uses, parts[0], strict=True):
             fitted[at] = best if len(uses) == 1 else _with_own_bias(best, own, columns)
             placed[region.sites[at].index] = view.fed(fitted[at])
-            errors[at], seen[at] = error, fit
+            errors[at] = error
+            if remembered is not None:
+                seen[at] = remembered
+        del parts, fit, select  # before the next site's are made: nothing else is as large
     order = range(len(region.sites))
     return Refitted(
         tuple(fitted[at] for at in order),
         tuple(placed[site.index] for site in region.sites),
         tuple(errors[at][0] for at in order),
         tuple(errors[at][1] for at in order),
-        tuple(seen[at] for at in order),
+        tuple(seen[at] for at in order if remember),
     )
 
 
@@ -486,7 +519,7 @@ class View:
             return affine
         weight = np.zeros((self.shape[0], affine.weight.shape[1]), np.float32)
         np.add.at(weight, self.rows, affine.weight)
-        return Affine(weight, affine.bias)
+        return Affine(weight, affine.bias).kept()
 
 
 def pooled(parts: Sequence[Moments]) -> Moments:

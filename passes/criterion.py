@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Literal, NamedTuple
 
-import joblib
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
+from onnx_decomp.init_stats import Null
 from onnx_decomp.passes.significance import (
     Matrix,
     Vector,
@@ -29,7 +30,9 @@ from onnx_decomp.passes.significance import (
     supported,
 )
 from onnx_decomp.program import Evidence, Program
+from onnx_decomp.scratch import kept
 from onnx_decomp.sites import Site
+from onnx_decomp.workers import spread
 
 Scores = Callable[[Matrix], NDArray[np.floating]]
 """Normal scores of weights under a distribution."""
@@ -388,15 +391,12 @@ def _rounding(W: Matrix, size: float) -> float:
     return float(np.spacing(np.float16(min(size, 6e4))))
 
 
-def site_evidence(program: Program, site: Site) -> Evidence:
-    """The evidence of one site against the strongest null that there is for it."""
-    W = program.affine(site).weight
-    null = None if program.init is None else program.init.nulls.get(site.index)
-    seed = program.options.seed
-    if null is None or null.kind == "estimated":
+def matrix_evidence(W: Matrix, W0: Matrix | None, null: Null | None, seed: int) -> Evidence:
+    """The evidence of W [K, N] against its initial values W0 [K, N], else its distribution, else itself."""
+    if W0 is not None:
+        return snapshot_evidence(W, W0, seed)
+    if null is None:
         return estimated_evidence(W, seed)
-    if null.kind == "snapshot":
-        return snapshot_evidence(W, null.initial(), seed)
     return distribution_evidence(W, null.normal_scores, null.std(), seed)
 
 
@@ -408,12 +408,23 @@ class Criterion:
 
     def run(self, program: Program) -> None:
         sites = [site for site in program.sites if site.obstacle is None]
-        # Threads: nearly all of it is numpy on large arrays, which lets go of the interpreter.
-        workers = joblib.Parallel(n_jobs=program.options.jobs, prefer="threads")
-        evidence = workers(joblib.delayed(site_evidence)(program, site) for site in sites)
-        for site, found in zip(sites, evidence, strict=True):
-            program.evidence[site.index] = found
+        jobs, scheduler = program.options.jobs, program.options.scheduler
+        made = spread(matrix_evidence, sites, partial(_weights_and_null, program), jobs, scheduler)
+        for site, found in zip(sites, made, strict=True):
+            frozen = None if found.frozen is None else kept(found.frozen)
+            program.evidence[site.index] = replace(found, z=kept(found.z), frozen=frozen)
             if not found.fits:
                 program.decide(
                     self.name, site, "declined", "null-does-not-fit", misfit=found.misfit, shrink=found.shrink
                 )
+
+
+def _weights_and_null(program: Program, site: Site) -> tuple[Matrix, Matrix | None, Null | None, int]:
+    """What the evidence of a site is made of: the strongest null that there is for it."""
+    W, seed = kept(program.affine(site).weight), program.options.seed
+    null = None if program.init is None else program.init.nulls.get(site.index)
+    if null is None or null.kind == "estimated":
+        return W, None, None, seed
+    if null.kind == "snapshot":
+        return W, kept(null.initial()), None, seed
+    return W, None, replace(null, read=None), seed

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
-from scipy.linalg import lapack
+from scipy.linalg import blas, lapack
 
 Matrix = NDArray[np.float32]
 Vector = NDArray[np.float64]
@@ -71,14 +71,14 @@ def learned_rank(z: Matrix) -> int:
     """
     small = z if z.shape[0] <= z.shape[1] else z.T
     edge = np.sqrt(z.shape[0]) + np.sqrt(z.shape[1])
-    gram = np.zeros((len(small), len(small)), np.float32)
-    for start in range(0, small.shape[1], 1024):
-        part = small[:, start : start + 1024]
-        gram += part @ part.T
+    gram = np.zeros((len(small), len(small)), np.float32, order="F")
+    for start in range(0, small.shape[1], 1024):  # half of it, as it is symmetric
+        part = np.asfortranarray(small[:, start : start + 1024])
+        gram = blas.ssyrk(1.0, part, beta=1.0, c=gram, lower=1, overwrite_c=1)
     # Finite-size fluctuations of the largest noise eigenvalue (Tracy-Widom): three of their scales to the edge.
     fluctuation = edge * (1 / np.sqrt(z.shape[0]) + 1 / np.sqrt(z.shape[1])) ** (1 / 3)
     gram[np.diag_indices_from(gram)] -= np.float32(edge**2 + 3 * fluctuation)
-    factor, pivots, _ = lapack.ssytrf(gram.T, lower=1, overwrite_a=1)
+    factor, pivots, _ = lapack.ssytrf(gram, lower=1, overwrite_a=1)
     single = pivots > 0
     return int((np.diagonal(factor)[single] > 0).sum() + (~single).sum() // 2)
 

@@ -223,11 +223,12 @@ def test_thin_layers_have_no_structure(widths: tuple[int, ...]) -> None:
 
 
 def test_components_must_reach_every_axis() -> None:
-    first = np.zeros((4, 5), bool)
-    second = np.zeros((5, 3), bool)
-    first[0, 0] = first[1, 1] = first[2, 2] = True
-    second[0, 2] = second[1, 0] = True
-    found = components([first, second], Wiring.chain(2))
+    first = np.zeros((4, 5), np.float32)
+    second = np.zeros((5, 3), np.float32)
+    first[0, 0] = first[1, 1] = first[2, 2] = -1.0
+    second[0, 2] = second[1, 0] = 1.0
+    second[2, 0] = 0.5  # within its tolerance
+    found = components([first, second], Wiring.chain(2), [0.0, 0.5])
     assert [axis.tolist() for axis in found] == [[0, 1, -1, -1], [0, 1, -1, -1, -1], [1, -1, 0]]
 
 

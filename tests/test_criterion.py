@@ -231,7 +231,7 @@ def test_the_pass_declines_a_site_whose_null_does_not_fit() -> None:
     program = SimpleNamespace(
         sites=sites,
         init=SimpleNamespace(nulls=nulls),
-        options=SimpleNamespace(seed=0, jobs=1),
+        options=SimpleNamespace(seed=0, jobs=1, scheduler=None),
         evidence={},
         affine=lambda _site: SimpleNamespace(weight=planted.weights[0]),
         decide=decide,

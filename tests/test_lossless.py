@@ -27,9 +27,9 @@ REPLACED = {"layers.0/MatMul", "layers.0/Add", "layers.0/Relu", "layers.1/MatMul
 REPLACED_WEIGHTS = {"layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias"}
 REPLACED_TENSORS = {"layers.0.product", "layers.0.out", "layers.0.active", "layers.1.product"}
 
-DATA = "weights/all of it.bin"
-EXTERNAL = ("layers.1.weight", "head: weight", "unused")
-"""Stored in a file of a folder beside the model: one that will be replaced, two that stay."""
+DATA, MORE = "weights/most of it.bin", "weights/deeper/rest.bin"
+EXTERNAL = {"layers.1.weight": DATA, "head: weight": DATA, "unused": MORE}
+"""Stored in files of folders beside the model: one that will be replaced, two that stay."""
 
 
 def branch(name: str, scale: str) -> onnx.GraphProto:
@@ -115,21 +115,61 @@ def tricky_model() -> onnx.ModelProto:
     model.doc_string = "what a careless rewriter loses"
     model.metadata_props.add(key="author", value="Żółć")
     model.metadata_props.add(key="", value="")
+    add_oddities(model)
     return model
 
 
+ODD = ['{"json": [1, "two"]}', "a name: with spaces", "", "", "../../up", "<b>&"]
+"""Names of nodes that nothing reads. (ONNX Runtime refuses the same one twice.)"""
+
+
+def add_oddities(model: onnx.ModelProto) -> None:
+    """What the format allows and few expect, none of which computes anything."""
+    graph = model.graph
+    strings = numpy_helper.from_array(np.array(["ä", "", "c\0d"], object), "strings")
+    strings.doc_string = "three"
+    strings.metadata_props.add(key="kind", value="labels")
+    graph.initializer.append(strings)
+    for number, name in enumerate(ODD):
+        node = helper.make_node("Identity", ["strings"], [f"odd {number}"], name=name, doc_string="odd")
+        node.metadata_props.add(key="number", value=str(number))
+        graph.node.insert(number, node)
+    constant = helper.make_node("Constant", [], ["words"], value_strings=["x", "y"])
+    graph.node.append(constant)
+    values = numpy_helper.from_array(np.array([1.5, -2], np.float32), "sparse")
+    places = numpy_helper.from_array(np.array([1, 3], np.int64), "sparse places")
+    graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [5]))
+    graph.metadata_props.add(key="graph", value="yes")
+    graph.value_info[0].doc_string = "of the first layer"
+    training = model.training_info.add()
+    training.algorithm.name = "descent"
+    training.algorithm.node.append(helper.make_node("Step", ["w"], ["w'"], domain="not.known", lr=0.1))
+    training.algorithm.initializer.append(numpy_helper.from_array(np.ones(3, np.float32), "rate"))
+    training.update_binding.add(key="unused", value="w'")
+    for message in (model, graph, graph.node[-1], graph.initializer[-1], graph.input[0]):
+        message.MergeFromString(UNKNOWN)
+
+
+UNKNOWN = b"\xca\xb8\x02\x05later"
+"""Field 5001, five bytes: of a version of the format that is not known yet."""
+
+
 def to_external(model: onnx.ModelProto, folder: Path) -> None:
-    """Move some tensors into one file of a folder beside the model."""
-    (folder / DATA).parent.mkdir()
-    with (folder / DATA).open("wb") as file:
-        for tensor in model.graph.initializer:
-            if tensor.name not in EXTERNAL:
-                continue
-            offset, length = file.tell(), file.write(tensor.raw_data)
-            tensor.ClearField("raw_data")
-            tensor.data_location = TensorProto.EXTERNAL
-            for key, said in (("location", DATA), ("offset", offset), ("length", length)):
-                tensor.external_data.add(key=key, value=str(said))
+    """Move some tensors into files of folders beside the model, behind some bytes that nobody reads."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for location in dict.fromkeys(EXTERNAL.values()):
+        (folder / location).parent.mkdir()
+        (folder / location).write_bytes(b"header" + bytes(58))
+    for name, location in EXTERNAL.items():
+        with (folder / location).open("ab") as file:
+            offset, length = file.tell(), file.write(stored[name].raw_data)
+        stored[name].ClearField("raw_data")
+        stored[name].data_location = TensorProto.EXTERNAL
+        for key, said in (("location", location), ("offset", offset), ("length", length)):
+            stored[name].external_data.add(key=key, value=str(said))
+    for name, location in EXTERNAL.items():
+        checksum = hashlib.sha1((folder / location).read_bytes()).hexdigest()
+        stored[name].external_data.add(key="checksum", value=checksum)
 
 
 @pytest.fixture
@@ -222,7 +262,7 @@ def test_the_output_stands_alone_and_agrees(
     assert set(found) == set(expected)
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
-    assert {str(p.relative_to(elsewhere)) for p in elsewhere.rglob("*")} == {"out.onnx", "weights", DATA}
+    assert {str(p.relative_to(elsewhere)) for p in elsewhere.rglob("*.*")} == {"out.onnx", DATA, MORE}
 
 
 def test_nothing_kept_is_the_input_byte_for_byte(tricky: Job, tmp_path: Path) -> None:
@@ -231,7 +271,7 @@ def test_nothing_kept_is_the_input_byte_for_byte(tricky: Job, tmp_path: Path) ->
     code, report = tricky.run(*FREE, "--exclude", ".", out=out)
     assert code == 0
     assert report["kept"] == []
-    for name, copied in (("in.onnx", out), (DATA, out.parent / DATA)):
+    for name, copied in (("in.onnx", out), (DATA, out.parent / DATA), (MORE, out.parent / MORE)):
         digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (tricky.folder / name, copied)]
         assert digests[0] == digests[1], name
     assert report["output"]["sha256"] == report["input"]["sha256"]
@@ -247,7 +287,26 @@ def test_beside_the_input_no_data_is_copied(tricky: Job) -> None:
         after.st_mtime_ns,
         after.st_size,
     )
-    assert [p.name for p in data.parent.iterdir()] == [data.name]
+    assert {str(p.relative_to(tricky.folder)) for p in data.parent.rglob("*.*")} == {DATA, MORE}
+
+
+def test_what_cannot_run_is_a_copy(tmp_path: Path) -> None:
+    """Operators of unknown domains, and names that ONNX Runtime refuses: nothing can be measured."""
+    model = tricky_model()
+    model.opset_import.append(helper.make_opsetid("vendor.secret", 1))
+    for _ in range(2):
+        model.graph.node.append(
+            helper.make_node(
+                "Mystery", ["y"], ["unknown"], name="the same twice", domain="vendor.secret", a=[1.5]
+            )
+        )
+    model.graph.node[-1].output[0] = "unknown too"
+    made = job(tmp_path, model, build(PLANTED).snapshot, {})
+    code, report = made.run(*FREE, calib=False)
+    assert code == 0
+    assert made.out.read_bytes() == made.source.read_bytes()
+    assert {"cannot-verify"} <= set(each(report, "reason"))
+    assert report["kept"] == []
 
 
 def test_names_of_new_tensors_avoid_the_models_own(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_decomp import model_io
-from onnx_decomp.errors import InputError, UsageError
-from onnx_decomp.model_io import check_output, copy, digest, from_proto, load, read_tensor, save
+from onnx_decomp.errors import InputError
+from onnx_decomp.model_io import digest, from_proto, load, read_tensor
 from tests.small import mlp, model, value, weight, write, write_external
 
 
@@ -216,100 +216,3 @@ def test_hidden_tensors_are_guarded_too(tmp_path: Path) -> None:
     node = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
     proto = model([node], [value("c", [], TensorProto.BOOL)], [value("y", [1])])
     refused(write(proto, tmp_path / "m.onnx"), "plain path")
-
-
-def test_save_is_deterministic_and_leaves_nothing_else(tmp_path: Path) -> None:
-    source = load(write(mlp(), tmp_path / "m.onnx"))
-    for name in ("a.onnx", "b.onnx"):
-        save(mlp(seed=1), source, tmp_path / name)
-    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
-    assert load(tmp_path / "a.onnx").proto == mlp(seed=1)
-    assert sorted(os.listdir(tmp_path)) == ["a.onnx", "b.onnx", "m.onnx"]
-
-
-def test_copy_is_byte_for_byte(tmp_path: Path) -> None:
-    source = load(write_external(mlp(), tmp_path / "m.onnx"))
-    (tmp_path / "out").mkdir()
-    copy(source, tmp_path / "out" / "o.onnx")
-    for there, here in (("m.onnx", "out/o.onnx"), ("w.bin", "out/w.bin")):
-        assert (tmp_path / there).read_bytes() == (tmp_path / here).read_bytes()
-    copy(source, tmp_path / "beside.onnx")  # shares the data file
-    copy(source, tmp_path / "out" / "o.onnx")  # again: the data file is there already
-    assert load(tmp_path / "beside.onnx").external == ("w.bin",)
-
-
-def test_data_of_another_model_is_not_overwritten(tmp_path: Path) -> None:
-    source = load(write_external(mlp(), tmp_path / "m.onnx"))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "w.bin").write_bytes(b"precious")
-    with pytest.raises(InputError, match=r"w\.bin: the model's data has to go there"):
-        save(source.proto, source, tmp_path / "out" / "o.onnx")
-    assert os.listdir(tmp_path / "out") == ["w.bin"]
-    assert (tmp_path / "out" / "w.bin").read_bytes() == b"precious"
-
-
-def test_large_models_get_a_data_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_io, "MAX_EMBEDDED", 200)
-    monkeypatch.setattr(model_io, "MOVED", 100)
-    proto = mlp()
-    source = load(write(proto, tmp_path / "m.onnx"))
-    save(proto, source, tmp_path / "o.onnx")
-    written = load(tmp_path / "o.onnx")
-    assert written.external == ("o.onnx.data",)
-    assert proto == mlp()  # the caller's model is not touched
-    for tensor in written.proto.graph.initializer:
-        np.testing.assert_array_equal(read_tensor(written, tensor), weight(proto, tensor.name))
-
-
-def test_a_data_file_avoids_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_io, "MAX_EMBEDDED", 200)
-    monkeypatch.setattr(model_io, "MOVED", 100)
-    source = load(write_external(mlp(), tmp_path / "m.onnx", "o.onnx.data"))
-    before = digest(tmp_path / "o.onnx.data")
-    save(mlp(), source, tmp_path / "o.onnx")
-    assert load(tmp_path / "o.onnx").external == ("o.onnx.decomp.data",)
-    assert digest(tmp_path / "o.onnx.data") == before
-
-
-def test_outputs_that_cannot_be(tmp_path: Path) -> None:
-    path = write_external(mlp(), tmp_path / "m.onnx")
-    (tmp_path / "link.onnx").symlink_to(path)
-    (tmp_path / "folder").mkdir()
-    for out, match in (
-        (path, "input itself"),
-        (tmp_path / "link.onnx", "input itself"),
-        (tmp_path / "none" / "o.onnx", "does not exist"),
-        (tmp_path / "folder", "not a regular file"),
-        (Path(os.devnull), "not a regular file"),
-    ):
-        with pytest.raises(UsageError, match=match):
-            check_output(path, out)
-    check_output(tmp_path / "none.onnx", path)  # a missing input is for `load` to report
-    with pytest.raises(UsageError, match="data file of the input"):
-        copy(load(path), tmp_path / "w.bin")
-
-
-def test_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root, which runs CI, may write anywhere
-    with pytest.raises(UsageError, match="read-only"):
-        check_output(None, tmp_path / "o.onnx")
-
-
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_leaves_the_old_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
-) -> None:
-    source = load(write_external(mlp(), tmp_path / "m.onnx"))
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "o.onnx").write_bytes(b"old")
-
-    def fail(*_: object) -> None:
-        raise failure
-
-    monkeypatch.setattr(model_io, "_sync", fail)
-    expected = InputError if isinstance(failure, OSError) else KeyboardInterrupt
-    with pytest.raises(expected, match="No space left" if expected is InputError else None):
-        save(source.proto, source, folder / "o.onnx")
-    assert os.listdir(folder) == ["o.onnx"]
-    assert (folder / "o.onnx").read_bytes() == b"old"
