@@ -6,8 +6,7 @@ The first axis of every array counts samples.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,23 +16,18 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_decomp import archives, guards
 from onnx_decomp.errors import CannotVerifyError, InputError
 
 Part = Literal["fit", "select", "report"]
 Feeds = dict[str, NDArray[Any]]
 
 MIN_SAMPLES = 8
-MAX_BYTES = 2**33
-"""Of one data set, unpacked: 8 GiB."""
-
 _FREE_DIM = 8
 """Size that synthetic inputs give to a dim the model leaves open."""
 
 _RENAMING = frozenset({"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten"})
 """Operators after which an index still is the same index."""
-
-_BROKEN = (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error)
-"""What reading a damaged or hostile .npz can raise."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +112,9 @@ def _input(value: onnx.ValueInfoProto) -> _Input:
     if not tensor.elem_type or tensor.elem_type == onnx.TensorProto.STRING or not tensor.shape.dim:
         raise InputError(f"input {value.name!r} is not an array of numbers with a first axis for samples")
     shape = tuple(
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim
+        # some exporters write -1 for a dim that is free
+        dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else dim.dim_param or None
+        for dim in tensor.shape.dim
     )
     return _Input(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape)
 
@@ -135,14 +131,8 @@ def _fixed(wanted: list[_Input]) -> int | None:
 
 def _load_file(file: Path, wanted: list[_Input]) -> tuple[Feeds, list[str]]:
     """Checked arrays of the inputs, and the names of what else the file holds."""
-    try:
-        _guard(file)
-        with np.load(file, allow_pickle=False) as archive:
-            names = list(archive.files)
-            raw = {item.name: archive[item.name] for item in wanted if item.name in names}
-    except _BROKEN as error:
-        reason = getattr(error, "strerror", None) or "not an .npz file of plain arrays, damaged, or too large"
-        raise InputError(f"{file}: {reason}: save input name -> array with numpy.savez") from error
+    held = {member.name: member for member in archives.members(file)}
+    raw = {item.name: held[item.name].read() for item in wanted if item.name in held}
     missing = [item.name for item in wanted if item.name not in raw]
     if missing:
         expected = ", ".join(repr(item.name) for item in wanted)
@@ -151,14 +141,7 @@ def _load_file(file: Path, wanted: list[_Input]) -> tuple[Feeds, list[str]]:
     counts = {name: len(array) for name, array in feeds.items()}
     if len(set(counts.values())) > 1:
         raise InputError(f"{file}: the inputs have different numbers of samples: {counts}")
-    return feeds, [name for name in names if name not in feeds]
-
-
-def _guard(file: Path) -> None:
-    """Sizes first: a small archive can unpack to anything. Raises what `_BROKEN` lists."""
-    with zipfile.ZipFile(file) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES} bytes")
+    return feeds, [name for name in held if name not in feeds]
 
 
 def _checked(array: NDArray[Any], item: _Input, where: str) -> NDArray[Any]:
@@ -212,6 +195,10 @@ def _split(arrays: Feeds, total: int, fixed: int | None, seed: int) -> dict[Part
 def _made_up(item: _Input, proto: onnx.ModelProto, total: int, rng: np.random.Generator) -> NDArray[Any]:
     """Samples for one input [total, ...]: a mask of a valid start, indices of a table, or standard normal."""
     shape = (total, *(dim if isinstance(dim, int) else _FREE_DIM for dim in item.shape[1:]))
+    if math.prod(shape) * item.dtype.itemsize > guards.MAX_TENSOR:
+        raise CannotVerifyError(
+            f"no synthetic inputs can be made: {total} samples of {item.name!r} are too large"
+        )
     if "mask" in item.name.lower() and len(shape) > 1:
         valid = rng.integers(max(1, shape[-1] // 2), shape[-1] + 1, (*shape[:-1], 1))
         return (np.arange(shape[-1]) < valid).astype(item.dtype)

@@ -5,6 +5,7 @@ Everything heavy is imported where it is used, so that `--help` is fast.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -25,8 +26,9 @@ from onnx_decomp.flags import (
     options_from,
     output_options,
 )
+from onnx_decomp.interruption import interrupted, interruptible
 from onnx_decomp.progress import Progress, Silent
-from onnx_decomp.terminal import printable
+from onnx_decomp.terminal import brief, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     given = None if arguments is None else list(arguments)
     try:
-        with warnings.catch_warnings():
+        with interruptible(), warnings.catch_warnings():
             if not sys.warnoptions:  # libraries' warnings are for developers, who ask for them with -W
                 warnings.simplefilter("ignore")
             code = command.main(given, prog_name=NAME, standalone_mode=False, obj=console)
@@ -82,9 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(console: Console, message: str, code: int) -> int:
+    if interrupted():
+        message, code = "interrupted", EXIT_INTERRUPTED
     if console.debug:
         traceback.print_exc()
-    _say(f"error: {' '.join(message.split())}")
+    _say(f"error: {brief(' '.join(message.split()))}")
     return code
 
 
@@ -187,14 +191,23 @@ def _check_files(inputs: Mapping[str, Path | None], outputs: Mapping[str, Path |
     for name, path in outputs.items():
         if path is None:
             continue
-        if not path.parent.is_dir():
-            raise UsageError(f"{name}: the folder of {path} does not exist: create it or choose another")
-        if path.is_dir():
-            raise UsageError(f"{name}: {path} is a folder: name a file in it")
+        try:
+            _check_place(name, path)
+        except OSError as error:  # such as a name that is too long
+            raise UsageError(f"{name}: {path}: {error.strerror}: choose another") from error
         place = path.resolve()
         if place in taken:
             raise UsageError(f"{name}: {path} is the file given as {taken[place]}: choose another")
         taken[place] = name
+
+
+def _check_place(name: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise UsageError(f"{name}: the folder of {path} does not exist: create it or choose another")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{name}: {path} is a folder or a device, not a file: name a file")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{name}: the folder of {path} is read-only: choose another")
 
 
 def _write_reports(report: dict[str, Any], report_path: Path | None, html_path: Path | None) -> None:
@@ -267,16 +280,16 @@ def frontier_command(
 
 def _write_points(found: Frontier, source: ModelFile, writes: Sequence[tuple[float, Path]]) -> list[str]:
     """The models that were asked for, and a line on each."""
-    from onnx_decomp import model_io
+    from onnx_decomp import saving
 
     lines = []
     for ratio, path in writes:
         point = found.nearest(ratio)
         model = found.write(point)
         if model is source.proto:
-            model_io.copy(source, path)
+            saving.copy(source, path)
         else:
-            model_io.save(model, source, path)
+            saving.save(model, source, path)
         short = "" if point.asked <= ratio else f" ({ratio:g} was asked for, and there is none so small)"
         lines.append(f"wrote {path}: cost {point.cost:.3g}, change {point.change:.3g}{short}")
     return lines
@@ -301,18 +314,20 @@ def _print_frontier(report: dict[str, Any], quiet: bool, written: Sequence[str])
 def explain(report: Path, node: str, as_json: bool) -> None:
     """Say what a report found at NODE (a node or a weight), what was decided, and why."""
     from onnx_decomp.rendering import describe_site
-    from onnx_decomp.report import read, to_json
+    from onnx_decomp.report import read, reading, to_json
 
-    sites = [site for site in read(report)["sites"] if node in (site["node"], site["weight"])]
+    with reading(report):
+        sites = [site for site in read(report)["sites"] if node in (site["node"], site["weight"])]
+        lines = [line for site in sites for line in describe_site(site)]
+        shown = to_json({"sites": sites}) if as_json else "\n".join(lines)
     if not sites:
         raise UsageError(
             f"{report}: nothing in it is called {node!r}: give the name of a MatMul, a Gemm or a weight"
         )
     if as_json:
-        click.echo(to_json({"sites": sites}), nl=False)
-        return
-    for site in sites:
-        print("\n".join(describe_site(site)), file=sys.stderr)
+        click.echo(shown, nl=False)
+    else:
+        print(shown, file=sys.stderr)
 
 
 @command.command()

@@ -19,6 +19,12 @@ from onnx_decomp.options import Metric, Objective, Options, OwnLimit, Provider
 FILE = click.Path(path_type=Path, dir_okay=False)
 FILE_OR_FOLDER = click.Path(path_type=Path)
 
+LARGEST = 2.0**63
+"""No number in a configuration file is larger than this, and none is infinite or NaN."""
+
+COMMAND_LINE_ONLY = frozenset({"evaluate", "scheduler"})
+"""What runs code or lets others run it: only who calls the command may ask for that, not a file in the folder."""
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -132,7 +138,11 @@ def _regex(_ctx: click.Context, _param: click.Parameter, value: str | None) -> s
 
 
 def _existing(_ctx: click.Context, _param: click.Parameter, value: Path | None) -> Path | None:
-    if value is not None and not value.exists():
+    try:
+        missing = value is not None and not value.exists()
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"{value}: can't be read: {error.strerror}: check the path") from error
+    if missing:
         raise InputError(f"{value}: no such file: check the path")
     return value
 
@@ -161,11 +171,10 @@ def _default(command: click.Command, path: Path, key: str, value: Any) -> tuple[
         if not isinstance(param, click.Option) or param.name in (None, "config"):
             continue
         if flag in param.opts or flag in param.secondary_opts:
+            if param.name in COMMAND_LINE_ONLY:
+                raise click.BadParameter(f"{path}: {key} runs code: give {flag} on the command line instead")
             listed = value if param.multiple and isinstance(value, list) else [value]
-            if any(
-                param.is_flag != isinstance(item, bool) or not isinstance(item, bool | int | float | str)
-                for item in listed
-            ):
+            if not all(_fits(item, param) for item in listed):
                 kind = "true or false" if param.is_flag else "a number or a text"
                 kind += ", or a list of them" if param.multiple else ""
                 raise click.BadParameter(f"{path}: {key}: {value!r} has to be {kind}")
@@ -175,6 +184,13 @@ def _default(command: click.Command, path: Path, key: str, value: Any) -> tuple[
     raise click.BadParameter(
         f"{path}: unknown key {key!r}: keys are the names of options, as in min-speedup = 1.1"
     )
+
+
+def _fits(item: Any, param: click.Option) -> bool:
+    """Whether a value of a configuration file is of a kind that the option takes."""
+    if isinstance(item, bool) or param.is_flag:
+        return isinstance(item, bool) and param.is_flag
+    return isinstance(item, str) or (isinstance(item, int | float) and abs(item) <= LARGEST)
 
 
 def _chain(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -260,8 +276,9 @@ model_options = _chain(
         type=click.IntRange(min=1),
         default=1,
         show_default=True,
-        help="Matrices looked at together.",
+        help="Processes that matrices are spread over.",
     ),
+    click.option("--scheduler", metavar="ADDRESS", help="Dask cluster to spread them over instead."),
 )
 """What a model is looked at with, whatever is made of it."""
 
@@ -276,6 +293,11 @@ compile_options = _chain(
         help="Measured speedup below which a rewrite is undone.",
     ),
     click.option("--latency-gate/--no-latency-gate", default=True, help="Measure latency.  [default: on]"),
+    click.option(
+        "--search/--no-search",
+        default=True,
+        help="Look for units and ranks to leave out; slow for wide matrices.  [default: on]",
+    ),
     click.option("--replay", type=FILE, callback=_existing, help="Keep exactly what this report kept."),
     click.option("--require-change", is_flag=True, help="Fail if nothing was kept."),
     click.option("--dry-run", is_flag=True, help="Do everything except writing OUT."),

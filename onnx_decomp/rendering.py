@@ -13,6 +13,9 @@ from onnx_decomp.terminal import printable
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+MOST_ROWS = 1000
+"""Rows of a table on a terminal: nobody reads more there, and laying out a hundred thousand takes minutes."""
+
 PICTURE = 160.0
 """Longer side of the picture of a structure, in pixels."""
 
@@ -42,12 +45,14 @@ def render_table(report: Report, every_site: bool = True) -> RenderableType:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("why", overflow="fold", min_width=24)
     shown = [site for site in report["sites"] if every_site or site["decision"] != "dense"]
-    for site in shown:
+    for site in shown[:MOST_ROWS]:
         style = "" if site["decision"] == "dense" else "green"
         table.add_row(*(Text(printable(cell), style) for cell in _row(site)))
     lines = [Text(printable(line)) for line in summary(report)]
     if len(shown) < len(report["sites"]):
         lines = [Text(printable(line)) for line in _left_alone(report)] + lines
+    if len(shown) > MOST_ROWS:
+        lines = [Text(f"{len(shown) - MOST_ROWS} more nodes are in the report: --report writes it"), *lines]
     return Group(*([table] if shown else []), *lines)
 
 

@@ -15,3 +15,11 @@ def printable(text: str) -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def brief(text: str, longest: int = 800) -> str:
+    """`text`, its middle left out if it is long: a name in a model may be a book, and how to mend it comes last."""
+    if len(text) <= longest:
+        return text
+    half = (longest - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"

@@ -81,6 +81,8 @@ def _twins(xx: Array, alive: NDArray[np.bool_]) -> NDArray[np.intp]:
     """The first unit that each one is a multiple of, itself for most: a correlation of one, up to rounding."""
     twin = np.arange(len(xx))
     chosen = np.flatnonzero(alive)
+    if not chosen.size:
+        return twin
     scale = 1 / np.sqrt(np.maximum(np.diagonal(xx)[chosen], np.finfo(float).tiny))
     part = xx[np.ix_(chosen, chosen)] * scale[:, None] * scale[None, :]
     same = 1 - part**2 <= ROUNDING

@@ -53,8 +53,12 @@ def elbow(energy: Array, most: int = MOST) -> Partition:
 
     Let lost(G) = G off(G). Splitting a block in two adds what the two have in common: little for independent ones,
     about the share of common inputs if there are such, and most of it for halves of what belongs together. The last
-    split before the largest jump of that is taken, among those that have less than SHARED in common.
+    split before the largest jump of that is taken, among those that have less than SHARED in common. Energy that is
+    infinite or NaN, as where a model overflows inside, shows nothing: one block.
     """
+    if not np.isfinite(energy).all():
+        inputs, outputs = (np.zeros(size, np.int32) for size in energy.shape)
+        return Partition(outputs, inputs, 1, (0.0,))
     search = Search.of(energy, most)
     lost = np.array([search.lost(blocks) for blocks in range(1, search.most + 1)])
     curve = lost / np.arange(1, len(lost) + 1)

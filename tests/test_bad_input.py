@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,116 +17,29 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from models.planted import Planted, PlantedModel, build, calibration
-from onnx_decomp import compiler, model_io
 from onnx_decomp.cli import main
-from onnx_decomp.passes.annealing import Annealing
-from onnx_decomp.passes.splitting import Splitting
 from onnx_decomp.runtime import cuda_problem
-
-USAGE, INPUT, CANNOT_VERIFY, PROVIDER, INTERRUPTED = 2, 3, 5, 7, 130
-SAMPLES = 60
-
-Capture = pytest.CaptureFixture[str]
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """A sound model with statistics and calibration data, to be spoiled."""
-
-    folder: Path
-    planted: PlantedModel
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "in.onnx"
-
-    @property
-    def out(self) -> Path:
-        return self.folder / "out.onnx"
-
-    @property
-    def init(self) -> Path:
-        return self.folder / "init.npz"
-
-    @property
-    def calib(self) -> Path:
-        return self.folder / "calib.npz"
-
-    def edit(self) -> onnx.ModelProto:
-        model = onnx.ModelProto()
-        model.CopyFrom(self.planted.model)
-        return model
-
-
-@pytest.fixture(scope="module")
-def planted() -> PlantedModel:
-    return build(Planted((32, 64, 32), off="zero", gain=3))
+from tests.workplace import (
+    CANNOT_VERIFY,
+    INPUT,
+    INTERRUPTED,
+    PROVIDER,
+    USAGE,
+    Capture,
+    Case,
+    Spoil,
+    Workplace,
+    arguments,
+    check_refused,
+    contents,
+    make_place,
+    run_case,
+)
 
 
 @pytest.fixture
-def place(planted: PlantedModel, tmp_path: Path) -> Workplace:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    made = Workplace(folder, planted)
-    onnx.save(planted.model, made.model)
-    np.savez(made.init, **planted.snapshot)
-    np.savez(made.calib, **calibration(planted, SAMPLES))
-    return made
-
-
-def contents(folder: Path) -> dict[str, tuple[int, bytes | str]]:
-    """Everything in a folder: kind and bytes, or where a link points to."""
-    found: dict[str, tuple[int, bytes | str]] = {}
-    for path in sorted(folder.rglob("*")):
-        mode = path.lstat().st_mode
-        content = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else ""
-        found[str(path.relative_to(folder))] = (stat.S_IFMT(mode), content)
-    return found
-
-
-def check_refused(place: Workplace, arguments: list[str], code: int, says: str, capsys: Capture) -> None:
-    """One line on stderr, the right code, and every file around as it was."""
-    before = contents(place.folder.parent)
-    assert main(["--provider", "cpu", "--no-latency-gate", *arguments]) == code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = [
-        line for line in captured.err.splitlines() if line
-    ]  # click ends the line of a terminal's ^C first
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("onnx-decomp: error: ")
-    assert says in lines[0]
-    assert "Traceback" not in captured.err
-    assert contents(place.folder.parent) == before
-
-
-Spoil = Callable[[Workplace], list[str]]
-"""Spoils one thing; gives options to append, or a whole command line that starts with the model."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is spoiled, how the command ends, and what its message has to name."""
-
-    spoil: Spoil
-    code: int
-    says: str
-
-
-def arguments(place: Workplace, given: list[str]) -> list[str]:
-    """A command line, completed by what it doesn't mention."""
-    positional = [] if given and not given[0].startswith("--") else [str(place.model), str(place.out)]
-    data = [] if "--init" in given else ["--init", str(place.init)]
-    data += [] if "--calib" in given else ["--calib", str(place.calib)]
-    return [*positional, *given, *data]
-
-
-def run_case(case: Case, place: Workplace, capsys: Capture, existing: bool = False) -> None:
-    given = case.spoil(place)
-    if existing and not place.out.exists():
-        place.out.write_bytes(b"what an earlier run has written")
-    check_refused(place, arguments(place, given), case.code, case.says, capsys)
+def place(tmp_path: Path) -> Workplace:
+    return make_place(tmp_path)
 
 
 # The model
@@ -205,16 +116,6 @@ MODELS = {
     "an unknown operator": Case(
         edited(lambda model: setattr(model.graph.node[0], "op_type", "NoSuchOp")), INPUT, "NoSuchOp"
     ),
-    "a custom operator that can't run": Case(
-        edited(
-            lambda model: (
-                model.opset_import.append(helper.make_opsetid("custom", 1)),
-                setattr(model.graph.node[2], "domain", "custom"),
-            )
-        ),
-        CANNOT_VERIFY,
-        "custom",
-    ),
     "a weight with NaN": Case(set_weight("layers.1.weight", np.nan), INPUT, "layers.1.weight"),
     "a weight with infinity": Case(set_weight("layers.0.weight", np.inf), INPUT, "layers.0.weight"),
     "a bias with NaN": Case(set_weight("layers.0.bias", np.nan), INPUT, "layers.0.bias"),
@@ -244,6 +145,17 @@ MODELS = {
     ),
     "data that is a folder": Case(external("w.bin", lambda at, _: (at / "w.bin").mkdir()), INPUT, "w.bin"),
 }
+
+
+def test_what_onnx_runtime_cannot_load_is_copied(place: Workplace, capsys: Capture) -> None:
+    """An operator of somebody's own: it may run where it will run."""
+    model = place.edit()
+    model.opset_import.append(helper.make_opsetid("custom", 1))
+    model.graph.node[2].domain = "custom"
+    onnx.save(model, place.model)
+    assert main([*arguments(place, []), "--provider", "cpu"]) == 0
+    assert "custom" in capsys.readouterr().err
+    assert place.out.read_bytes() == place.model.read_bytes()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -298,6 +210,13 @@ def spec(**fields: Any) -> str:
     return json.dumps({"onnx_decomp_init": 1, "patterns": [pattern]})
 
 
+def safetensors(shape: list[int], end: int) -> bytes:
+    """A header that says what it likes, and 64 bytes."""
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
+    header = json.dumps({"layers.0.weight": entry}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(64)
+
+
 PICKLE = pickle.dumps(Exploit())
 
 STATISTICS = {
@@ -319,6 +238,15 @@ STATISTICS = {
     "a pickle": Case(file("--init", "w.npz", PICKLE), INPUT, "w.npz"),
     "a checkpoint": Case(file("--init", "w.pt", PICKLE), INPUT, "w.pt"),
     "safetensors that aren't": Case(file("--init", "w.safetensors", b"\xff" * 64), INPUT, "w.safetensors"),
+    "safetensors with a header of 4 EB": Case(
+        file("--init", "w.safetensors", (2**62).to_bytes(8, "little") + b"{}"), INPUT, "w.safetensors"
+    ),
+    "safetensors that promise a terabyte": Case(
+        file("--init", "w.safetensors", safetensors([2**20, 2**18], 2**40)), INPUT, "w.safetensors"
+    ),
+    "safetensors with dims that overflow": Case(
+        file("--init", "w.safetensors", safetensors([2**32, 2**32, 4], 0)), INPUT, "w.safetensors"
+    ),
     "a model that isn't": Case(file("--init", "w.onnx", b"\xff" * 64), INPUT, "w.onnx"),
     "broken JSON": Case(file("--init", "w.json", '{"onnx_decomp_init": 1, "patterns": ['), INPUT, "w.json"),
     "other JSON": Case(file("--init", "w.json", "[1, 2]"), INPUT, "w.json"),
@@ -425,6 +353,9 @@ OUTPUTS = {
         USAGE,
         "--evaluate",
     ),
+    "a report that is a device": Case(
+        lambda place: [str(place.model), str(place.out), "--report", os.devnull], USAGE, os.devnull
+    ),
     "a device": Case(lambda place: [str(place.model), os.devnull], USAGE, os.devnull),
 }
 
@@ -443,11 +374,17 @@ OPTIONS = {
     "include": (["--include", "layers.["], USAGE, "--include"),
     "exclude": (["--exclude", "*"], USAGE, "--exclude"),
     "replay nothing": (["--replay", "no-such.json"], INPUT, "no-such.json"),
+    "a name too long to be a file's": (["--replay", "a" * 5000], INPUT, "File name too long"),
+    "an output too long for any folder": (["--report", "a" * 5000], USAGE, "File name too long"),
     "config nothing": (["--config", "no-such.toml"], USAGE, "no-such.toml"),
     "one argument too many": (["--seed", "1", "third.onnx"], USAGE, "third.onnx"),
 }
 
 FILES = {
+    "config with infinity": ("--config", "seed = inf", USAGE, "seed"),
+    "config with a book of a number": ("--config", f"min-speedup = {'9' * 400}", USAGE, "min-speedup"),
+    "config that runs code": ("--config", 'evaluate = "score.py:score"', USAGE, "on the command line"),
+    "replay of brackets": ("--replay", "[" * 10**5, INPUT, "given"),
     "config with an unknown key": ("--config", "tolerence = 1", USAGE, "tolerence"),
     "config that isn't TOML": ("--config", "tolerance", USAGE, "given"),
     "config with an impossible value": ("--config", "tolerance = 0", USAGE, "tolerance"),
@@ -540,42 +477,6 @@ def test_cuda_where_there_is_none(place: Workplace, capsys: Capture) -> None:
     check_refused(place, line, PROVIDER, "--provider cpu", capsys)
 
 
-# Interrupted, or the disk is full
-
-
-def interrupt(*_: Any, **__: Any) -> Any:
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    ("where", "name"),
-    [
-        (Annealing, "run"),
-        (Splitting, "run"),
-        (compiler.verify, "verify"),
-        (model_io, "_serialize"),
-        (model_io, "_sync"),
-        (model_io.os, "replace"),
-    ],
-    ids=lambda item: getattr(item, "__name__", item),
-)
-def test_interrupted(
-    where: Any, name: str, place: Workplace, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C in the middle of a pass, of measuring, of writing, and right before the output would appear."""
-    monkeypatch.setattr(where, name, interrupt)
-    line = [*arguments(place, []), "--objective", "flops", "--report", str(place.folder / "report.json")]
-    check_refused(place, line, INTERRUPTED, "interrupted", capsys)
-
-
-def test_a_full_disk(place: Workplace, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(model_io, "_sync", full)
-    check_refused(place, [*arguments(place, []), "--objective", "flops"], INPUT, "No space left", capsys)
-
-
 def test_the_unspoiled_folder_compiles(place: Workplace) -> None:
     """What every case above starts from is sound, so that each fails for its own reason."""
     line = [*arguments(place, []), "--objective", "flops", "--no-latency-gate", "--provider", "cpu", "-q"]
@@ -585,3 +486,26 @@ def test_the_unspoiled_folder_compiles(place: Workplace) -> None:
     assert set(after) - set(before) == {"out.onnx"}
     assert after.pop("out.onnx")[1] != before["in.onnx"][1]
     assert after == before
+
+
+DAMAGED = {
+    "no sites": '{"schema": "onnx-decomp/1"}',
+    "sites that are none": '{"schema": "onnx-decomp/1", "sites": [7]}',
+    "a site with nothing in it": '{"schema": "onnx-decomp/1", "sites": [{"node": "a", "weight": "b"}]}',
+    "brackets": "[" * 10**5,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["", "json"])
+def test_a_damaged_report(name: str, more: list[str], tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(DAMAGED[name])
+    code = main(["explain", str(path), "a", *more])
+    captured = capsys.readouterr()
+    if code == 0:  # as JSON a site is shown as it is
+        assert json.loads(captured.out)["sites"] == [{"node": "a", "weight": "b"}]
+    else:
+        assert code == INPUT
+        assert "give a file that --report wrote" in captured.err
+        assert len(captured.err.splitlines()) == 1

@@ -115,11 +115,12 @@ def test_options_may_come_first_and_reach_the_compiler(
     ]
     arguments += ["--metric", "top1", "--objective", "bytes", "--min-speedup", "1.2", "--include", "fc.*"]
     arguments += ["--exclude", "head", "--require-change", "--force", "--jobs", "2", "--calib", str(tmp_path)]
+    arguments += ["--no-search", "--scheduler", "tcp://here:1"]
     assert cli.main([*arguments, "--init-preset", "bert", model, out]) == 0
     assert compiler.options == Options(
         init_preset="bert", calib=tmp_path, tolerance=1e-4, metric="top1", objective="bytes", provider="cpu",
         threads=1, latency_gate=False, min_speedup=1.2, seed=7, include="fc.*", exclude="head",
-        require_change=True, force=True, jobs=2,
+        require_change=True, force=True, jobs=2, search=False, scheduler="tcp://here:1",
     )  # fmt: skip
 
 

@@ -226,6 +226,11 @@ def test_names_of_exporters_give_the_module(name: str, module: str, leaf: str) -
     assert split(name) == (tuple(module.split(".")), leaf)
 
 
+@pytest.mark.parametrize("name", ["", "/", "//", ".", ":0"])
+def test_a_name_that_names_nothing(name: str) -> None:
+    assert split(name) == ((), "")
+
+
 def test_generated_names() -> None:
     assert all(
         is_generated(n) for n in ("onnx::MatMul_123", "val_12", "MatMul_7", "node_linear_1", "412", "")

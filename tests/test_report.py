@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from onnx_decomp import model_io
+from onnx_decomp import model_io, rendering
 from onnx_decomp.axes import find_regions
 from onnx_decomp.calibration import Data
 from onnx_decomp.errors import InputError
@@ -31,7 +31,7 @@ HIDDEN = np.array([0, 0, 0, 1, 1, -1], np.int32)
 
 
 def make_model(node: str = "fc1") -> onnx.ModelProto:
-    """x [?, 4] -> fc1 -> 6 -> Relu -> fc2 -> 4 = y, and a double weight that nothing can be done about."""
+    """x [?, 4] -> fc1 -> 6 -> Relu -> fc2 -> 4 = y, and a weight of whole numbers that nothing can be done about."""
     rng = np.random.default_rng(0)
 
     def weight(name: str, *shape: int, dtype: type = np.float32) -> onnx.TensorProto:
@@ -44,9 +44,9 @@ def make_model(node: str = "fc1") -> onnx.ModelProto:
         helper.make_node("MatMul", ["d", "w3"], ["z"], "fc3"),
     ]
     value = helper.make_tensor_value_info
-    inputs = [value("x", onnx.TensorProto.FLOAT, [None, 4]), value("d", onnx.TensorProto.DOUBLE, [None, 4])]
-    outputs = [value("y", onnx.TensorProto.FLOAT, [None, 4]), value("z", onnx.TensorProto.DOUBLE, [None, 2])]
-    weights = [weight("w1", 4, 6), weight("w2", 6, 4), weight("w3", 4, 2, dtype=np.float64)]
+    inputs = [value("x", onnx.TensorProto.FLOAT, [None, 4]), value("d", onnx.TensorProto.INT32, [None, 4])]
+    outputs = [value("y", onnx.TensorProto.FLOAT, [None, 4]), value("z", onnx.TensorProto.INT32, [None, 2])]
+    weights = [weight("w1", 4, 6), weight("w2", 6, 4), weight("w3", 4, 2, dtype=np.int32)]
     graph = helper.make_graph(nodes, "g", inputs, outputs, weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
@@ -150,7 +150,7 @@ def test_flops_count_what_is_computed() -> None:
     assert first["flop_ratio"] == (2 * 3 + 2 * 2) / 24
     assert report["input"]["matmul_flops"] == 2 * (10 * 24 + 10 * 24 + 8)
     assert report["output"]["matmul_flops"] == 2 * (10 * 10 + 10 * 10 + 8)
-    assert report["input"]["parameters"] == 24 + 24 + 8
+    assert report["input"]["parameters"] == 24 + 24, "floats"
 
 
 def test_a_dense_segment_without_dropped_units_is_dense() -> None:
@@ -237,6 +237,14 @@ def test_table_counts_what_it_does_not_list() -> None:
     text = shown(build_report(), every_site=False)
     assert "fc3" not in text
     assert f"1 node left dense: {REASONS['weight-type']}" in text
+
+
+def test_table_ends_before_it_takes_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "MOST_ROWS", 2)
+    sites = len(build_report()["sites"])
+    assert f"{sites - 2} more nodes are in the report" in shown(build_report())
+    monkeypatch.setattr(rendering, "MOST_ROWS", sites)
+    assert "more nodes" not in shown(build_report())
 
 
 def test_html_is_self_contained_and_escapes_names() -> None:

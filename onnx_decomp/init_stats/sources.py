@@ -5,15 +5,11 @@ Every reader yields `Entry` values. Sizes are checked against budgets before any
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import ml_dtypes
 import numpy as np
@@ -21,19 +17,17 @@ import onnx
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from onnx_decomp import model_io
+from onnx_decomp import archives, guards, model_io, trial
 from onnx_decomp.errors import InputError
 from onnx_decomp.init_stats.names import STORED_IN_OUT, STORED_OUT_IN, Names, module_scopes, site_names, split
 from onnx_decomp.sites import GraphIndex, Site, find_sites, read_affine
 
 Layout = Literal["canonical", "out-in", "in-out", "unknown"]
 
-MAX_ENTRIES = 200_000
-MIN_BUDGET = 4 << 30
-"""An archive may unpack to this many bytes, or to four times its own size where that is more."""
+SECONDS = 600.0
+"""Telling the shapes of a model may take."""
 
 _FLOATS = frozenset({"float16", "float32", "float64", "bfloat16"})
-_DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError, SyntaxError)
 _SAFETENSORS_TYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16"}
 
 
@@ -98,72 +92,11 @@ def _named(
     return Entry(name, Names((name,), (scope,)), shape, dtype, layout, load, path)
 
 
-@contextmanager
-def _unpacking(path: Path) -> Iterator[None]:
-    """Whatever a damaged archive makes zipfile and numpy raise becomes one line."""
-    try:
-        yield
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        ValueError,
-        OSError,
-        EOFError,
-        RuntimeError,
-        SyntaxError,
-    ) as error:
-        raise InputError(
-            f"{path}: not a sound .npz archive ({_line(error)}); save it again with numpy.savez"
-        ) from error
-
-
 def _npz(path: Path) -> list[Entry]:
-    with _unpacking(path), zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        declared = sum(member.file_size for member in members)
-        budget = max(MIN_BUDGET, 4 * path.stat().st_size)
-        if len(members) > MAX_ENTRIES or declared > budget:
-            raise InputError(
-                f"{path}: {len(members)} entries that unpack to {declared} bytes, over the budget of"
-                f" {MAX_ENTRIES} entries and {budget} bytes; save only weights, with numpy.savez"
-            )
-        if len({member.filename for member in members}) < len(members):
-            raise InputError(f"{path}: two entries have the same name; save it again with numpy.savez")
-        return [_npz_entry(path, archive, member) for member in members]
-
-
-def _npz_entry(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Entry:
-    name = member.filename.removesuffix(".npy")
-    if name == member.filename:
-        raise InputError(
-            f"{path}: {name!r} is not an array; save the weights with numpy.savez"
-            " (a torch checkpoint: with safetensors)"
-        )
-    with archive.open(member) as file:
-        shape, dtype = _npy_header(file)
-        if dtype.hasobject:
-            raise InputError(
-                f"{path}: entry {name!r} holds pickled objects, never read; save arrays of floats"
-            )
-        if min(shape, default=0) < 0 or file.tell() + prod(shape) * dtype.itemsize != member.file_size:
-            raise InputError(f"{path}: entry {name!r} is not as long as its header says; save it again")
-    return _named(path, name, shape, dtype.name, partial(_npz_read, path, member.filename))
-
-
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    elif version == (2, 0):
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    else:
-        raise ValueError(f"array format {version}")
-    return tuple(shape), dtype
-
-
-def _npz_read(path: Path, member: str) -> NDArray[Any]:
-    with _unpacking(path), zipfile.ZipFile(path) as archive, archive.open(member) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+    members = archives.members(path)
+    for member in members:
+        member.refuse_objects()
+    return [_named(path, m.name, m.shape, m.dtype.name, m.read) for m in members]
 
 
 def _safetensors(path: Path) -> list[Entry]:
@@ -191,8 +124,10 @@ def _safetensors_read(path: Path, name: str) -> NDArray[Any]:
 def _onnx(path: Path) -> list[Entry]:
     """The sites of the untrained export, one entry for each stored weight, in canonical view."""
     file = model_io.load(path)
-    index = GraphIndex.build(file.proto, partial(model_io.read_tensor, file))
-    sites = [site for site in find_sites(index) if site.obstacle not in ("nested-graph", "empty-weight")]
+    build = partial(GraphIndex.build, file.proto, partial(model_io.read_tensor, file))
+    trial.attempt(build, str(path), SECONDS, guards.MAX_TENSOR)
+    index = build()
+    sites = [site for site in find_sites(index) if site.readable]
     scopes = module_scopes(index, sites)
     entries: dict[str, Entry] = {}
     for site in sites:
