@@ -17,7 +17,7 @@ run: $(READY) ## Decompose the example models and show what came of it
 
 # One thread for linear algebra in each worker: two workers with a pool each on two cores wait for one another.
 test: $(READY) ## Run the tests; those that need a GPU skip themselves where there is none
-	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not world" -n $(WORKERS)
 
 validate: $(READY) ## Run the slow tests: trained models, statistics over many seeds
 	@$(BIN)/python -m pytest -m slow

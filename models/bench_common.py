@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,6 +87,18 @@ def kernel_events(
         events = json.loads(Path(session.end_profiling()).read_text())
     kernels = [event for event in events if event.get("cat") == "Node" and "op_name" in event["args"]]
     return [event for event in kernels if event["name"].endswith("_kernel_time")]
+
+
+def peak_bytes() -> int:
+    """Most memory that this process ever held.
+
+    getrusage's figure survives exec on Linux, so that a child would begin with its parent's peak; VmHWM does not.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def save(folder: str, name: str, arrays: Mapping[str, Any]) -> Path:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from models.bench_common import Section, table
+from models.bench_common import Section, peak_bytes, table
 from models.planted import Null, Planted, build, shuffled
 from onnx_decomp.init_stats import Law
 from onnx_decomp.passes.annealing import agreement, find_structure
@@ -95,14 +94,14 @@ _ROOT = Path(__file__).parent.parent
 
 def decide(null: str, side: int, folder: Path) -> dict[str, Any]:
     """Criterion and structure of one layer, with their times; in a process of its own."""
-    baseline = _peak_bytes()
+    baseline = peak_bytes()
     W = np.load(folder / "W.npy")
     started = time.perf_counter()
     evidence = _evidence(null, W, folder)
     looked = time.perf_counter()
     (found,) = find_structure([evidence], restarts=RESTARTS).structures or (None,)
     whole = time.perf_counter()
-    peak = _peak_bytes() - baseline
+    peak = peak_bytes() - baseline
     find_structure([evidence], restarts=0)
     searched = time.perf_counter()
     truth = tuple(np.load(folder / f"{axis}.npy") for axis in ("rows", "cols"))
@@ -128,18 +127,6 @@ def _recovered(truth: tuple[Any, ...], labels: tuple[Any, ...]) -> float:
     """Dropped elements count as misplaced."""
     kept = np.concatenate(labels) >= 0
     return agreement(truth, labels) * float(kept.mean())
-
-
-def _peak_bytes() -> int:
-    """Most memory that this process ever held.
-
-    getrusage's figure survives exec on Linux, so that a child would begin with its parent's peak; VmHWM does not.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
