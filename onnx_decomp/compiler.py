@@ -6,20 +6,24 @@ Nothing is written before every gate has passed. Where nothing is kept, the outp
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from joblib import cpu_count
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from onnx_decomp import calibration, model_io, runtime, verify
+from onnx_decomp import calibration, guards, model_io, runtime, saving, trial, verify, workers
 from onnx_decomp.axes import find_regions
 from onnx_decomp.calibration import Data
 from onnx_decomp.errors import CannotVerifyError, DecompError, InputError, ProviderError, UsageError
@@ -44,6 +48,12 @@ from onnx_decomp.report import Measured, build, record_output
 from onnx_decomp.runtime import Device, Session, open_session
 from onnx_decomp.sites import GraphIndex, find_sites
 
+HUGE = 1e15
+"""Numbers above this are not squared, summed and inverted: of moments that they are in, too few digits are left."""
+
+SCANNED, SCANS = 8, 8
+"""Samples in which such numbers are looked for at once, and how often: the tensors of all sites are held meanwhile."""
+
 MAX_ROUNDS = 8
 """After so many rounds of undoing, the answer is the copy."""
 
@@ -51,6 +61,15 @@ FRUGAL_ROUNDS, FRUGAL = 2, 0.85
 """Plans that the report part refuses are made again so often, with that share of what it would have allowed."""
 
 SYNTHETIC_SAMPLES = 64
+
+FIRST_SECONDS, SECONDS_PER_BYTE = 120.0, 60e-9
+"""What a model's first run may take, on one sample: two minutes, and one more for each GB. Some never end."""
+
+TRIED = 2**26
+"""Bytes up to which a model is tried in a process of its own first (64 MiB): larger ones take long to load twice."""
+
+MIXED = 0.01
+"""Change of the outputs, when the same samples are run in two halves, beyond which they see one another."""
 
 MOST_TIMED, MOST_ROWS = 128, 1024
 """Samples of one timed run at most, and rows of x where a sample has many."""
@@ -61,8 +80,13 @@ WHOLE_SECONDS, REGION_SECONDS = 2.0, 0.5
 ROWS_PER_INPUT = 10
 """Calibration rows for each input of a site under which refits are known to suffer."""
 
-FLOAT_NOISE = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 2e-2}
-"""Largest relative difference between the written model and the dense-equivalent one, by weight type."""
+FLOAT_NOISE = {
+    np.dtype(np.float64): 1e-4,  # weights are fitted in float32
+    np.dtype(np.float32): 1e-4,
+    np.dtype(np.float16): 2e-2,
+    np.dtype(ml_dtypes.bfloat16): 2e-1,
+}
+"""Largest relative difference between the written model and the dense-equivalent one, by a type in use."""
 
 TF32_NOISE = 5e-3
 """The same on a GPU, whose float32 products keep ten bits of their operands."""
@@ -109,6 +133,8 @@ class Run:
     """The user's own score, which decides instead of the metric."""
     faster: set[str] = field(default_factory=set)
     """Regions that made the rest faster when they were asked."""
+    aside: Path | None = None
+    """A temporary file for large tensors of what is written; None: they stay in the message."""
 
     def compile(self) -> tuple[Program, onnx.ModelProto | None]:
         """The program with everything decided, and the written model or None where nothing was kept."""
@@ -121,21 +147,33 @@ class Run:
         """The program with everything that does not depend on what is kept, or the reason why nothing can be."""
         self._choose_provider()
         self._check_limits()
+        workers.check(self.options.scheduler)
         if self.options.evaluate is not None:
             self.evaluation = load_evaluation(self.options.evaluate, self.options.tolerance)
         self.progress.stage("reading")
-        program = self._open()
+        data = self._read_data()
+        if self.source.size <= TRIED:
+            name = str(self.source.path or "the model")
+            trial.attempt(partial(self._try, data), name, 2 * self._patience, guards.MAX_TENSOR)
+        program = self._open(data)
         if _stamped(self.source.proto) and not self.options.force:
-            return program, "already-compiled"
+            return program, "already-compiled"  # before its weights are looked for in the original's snapshot
+        self._read_nulls(program)
         if not self._can_verify(program):
             return program, "cannot-verify"
         if self.evaluation is not None:
             self.evaluation.original = self.original.run
             self.evaluation.before("select")  # what is wrong with it shows now, not after planning
+        self._warn_of_mixing(program)
         self._warn_of_few_samples(program)
         self._replay(program)
         self._find(program)
         return program, None
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that the model's first run may take."""
+        return FIRST_SECONDS + SECONDS_PER_BYTE * self.source.size
 
     def _choose_provider(self) -> None:
         try:
@@ -155,14 +193,14 @@ class Run:
                     f"{option}: the model has no output {output!r}: it has {', '.join(map(repr, names))}"
                 )
 
-    def _open(self) -> Program:
-        proto = self.source.proto
-        index = GraphIndex.build(proto, partial(model_io.read_tensor, self.source))
+    def _read_data(self) -> Data:
+        if self.options.calib is None:
+            return self._synthetic()
+        return calibration.load(self.options.calib, self.source.proto, self.options.seed)
+
+    def _open(self, data: Data) -> Program:
+        index = GraphIndex.build(self.source.proto, partial(model_io.read_tensor, self.source))
         sites = find_sites(index)
-        if self.options.calib is not None:
-            data = calibration.load(self.options.calib, proto, self.options.seed)
-        else:
-            data = self._synthetic()
         self.warnings += data.warnings
         program = Program(
             self.source,
@@ -174,6 +212,7 @@ class Run:
             self.progress,
             target=self.target,
             evaluation=self.evaluation,
+            aside=self.aside,
             timed_samples=min(MOST_TIMED, data.samples("report")),
         )
         for site in sites:
@@ -181,14 +220,19 @@ class Run:
                 program.decide("sites", site, "declined", site.obstacle)
             else:
                 program.affine(site)  # refuses NaN by name, before anything else is tried
-        program.init = load_nulls(
-            sites,
-            program.affine,
-            self.options.init,
-            self.options.init_preset,
-            module_scopes(index, sites),
-        )
         return program
+
+    def _try(self, data: Data) -> None:
+        """Everything that hands the model to native code for the first time, on the CPU and with one sample."""
+        GraphIndex.build(self.source.proto, partial(model_io.read_tensor, self.source))
+        session = open_session(self.source.path or self.source.proto, folder=self.source.folder)
+        if data.kind != "none":
+            session.run(next(data.batches("select", 1)), seconds=self._patience)
+
+    def _read_nulls(self, program: Program) -> None:
+        options = self.options
+        scopes = module_scopes(program.index, program.sites)
+        program.init = load_nulls(program.sites, program.affine, options.init, options.init_preset, scopes)
 
     def _synthetic(self) -> Data:
         """Made-up inputs, or none where the graph does not tell what they should be."""
@@ -205,12 +249,19 @@ class Run:
         return program, None
 
     def _can_verify(self, program: Program) -> bool:
-        """Raises CannotVerifyError on the user's own data; on synthetic data an original that fails is copied."""
+        """What can't be loaded here is copied, as is what fails on synthetic data.
+
+        Raises CannotVerifyError for what fails on the user's own data.
+        """
         if program.data.kind == "none":
             return False
         try:
             self.original = self._session(self.source.path or self.source.proto)
-            verify.check_original(self.original, program.data)
+        except CannotVerifyError as error:
+            self.warnings.append(f"not verified: {error}")
+            return False
+        try:
+            verify.check_original(self.original, program.data, seconds=self._patience)
         except CannotVerifyError as error:
             if program.data.kind == "calibration":
                 raise
@@ -221,8 +272,12 @@ class Run:
         return True
 
     def _session(self, model: onnx.ModelProto | Path) -> Session:
+        """Weights stay in their files where they are not asked to be as quick as they can."""
+        folder, prepack = self.source.folder, self.options.latency_gate
+        if isinstance(model, onnx.ModelProto):
+            model, folder = saving.rooted(model, folder)
         return open_session(
-            model, provider=self.provider, threads=self.options.threads, folder=self.source.folder
+            model, provider=self.provider, threads=self.options.threads, folder=folder, prepack=prepack
         )
 
     def _replay(self, program: Program) -> None:
@@ -243,10 +298,22 @@ class Run:
             outer = [name for region in program.regions for name in outer_tensors(program.index, region)]
             outer += [name for site in sites if (name := stream_of(program.index, site)) is not None]
             program.probe = Probe(program.index, sites, self.source.folder, outer)
+            self._refuse_overflow(program, program.probe)
             program.rows_per_sample = self._rows_per_sample(program, program.probe)
             most = max(MOST_ROWS // max(program.rows_per_sample.values()), 1)
             program.timed_samples = min(program.timed_samples, most)
             self._warn_of_few_rows(program)
+
+    def _refuse_overflow(self, program: Program, probe: Probe) -> None:
+        """Leave regions alone whose weights or tensors are so large that moments of them are infinite or noise."""
+        large = {site.output for site in probe.sites if np.abs(program.affine(site).weight).max() > HUGE}
+        names = list(dict.fromkeys(name for site in probe.sites for name in (site.input, site.output)))
+        for feeds in islice(program.data.batches("fit", SCANNED), SCANS):
+            made = probe.run(feeds, {}, names)
+            large |= {name for name, array in made.items() if not _moderate(array)}
+        for region in program.regions:
+            if any(large & {site.input, site.output} for site in region.sites):
+                program.banned.setdefault(region.name, "overflow")
 
     def _warn_of_few_rows(self, program: Program) -> None:
         """A refit on too few rows generalises badly; the select part will see it, the user should know why."""
@@ -267,6 +334,18 @@ class Run:
                 f"{ROWS_PER_INPUT} for each input let more be removed"
             )
 
+    def _warn_of_mixing(self, program: Program) -> None:
+        """Samples that see one another are not independent: no figure holds for other sizes of a batch."""
+        if program.data.kind != "calibration":
+            return
+        change = verify.together(self.original, program.data)
+        if change > MIXED:
+            many = min(program.data.samples("select"), verify.BATCH)
+            self.warnings.append(
+                f"outputs depend on which samples are run at once (by {change:.2g} for {many} or half of them): "
+                "is the first axis of the inputs really that of samples? What is measured holds for such batches only"
+            )
+
     def _warn_of_few_samples(self, program: Program) -> None:
         """So few samples can't show that winners stay: not even if all of them do. One row of classes each."""
         if program.data.kind != "calibration":
@@ -282,7 +361,7 @@ class Run:
                 )
 
     def _rows_per_sample(self, program: Program, probe: Probe) -> dict[int, int]:
-        feeds = next(program.data.batches("select", BATCH))
+        feeds = next(program.data.batches("select", 1))  # few: this asks for the outputs of all sites at once
         samples = len(next(iter(feeds.values())))
         sites = [site for region in program.regions for site in region.sites]
         made = probe.run(feeds, {}, [site.output for site in sites])
@@ -292,7 +371,7 @@ class Run:
         """Plan, write and measure until every gate passes or nothing is left."""
         for number in range(MAX_ROUNDS):
             self.progress.stage(f"planning, round {number + 1}")
-            Planning().run(program)
+            Planning(reduce=self.options.search).run(program)
             if not program.rewrites:
                 return None
             Splitting().run(program)
@@ -390,15 +469,17 @@ class Run:
         return tuple(name for name, gain in gains.items() if gain < 1.0)
 
     def _noise(self, rewrites: Sequence[Rewrite]) -> float:
-        noise = max(FLOAT_NOISE[site.dtype] for rewrite in rewrites for site in rewrite.region.sites)
+        sites = [site for rewrite in rewrites for site in rewrite.region.sites]
+        noise = max(FLOAT_NOISE[kind] for site in sites for kind in (site.dtype, site.storage))
         return max(noise, TF32_NOISE) if self.provider == "cuda" else noise
 
     def _own_rounding(self, program: Program) -> dict[str, float]:
-        """How far a float16 original differs from itself when only the order of its sums changes; nothing in float32.
+        """How far an original of 16 bits differs from itself when only the order of its sums changes; else nothing.
 
         Of each output by its own metric.
         """
-        halves = [s for rewrite in program.rewrites for s in rewrite.region.sites if s.dtype == np.float16]
+        sites = [site for rewrite in program.rewrites for site in rewrite.region.sites]
+        halves = [site for site in sites if site.dtype.itemsize == 2]
         probe = program.probe
         if not halves or probe is None:
             return {}
@@ -438,12 +519,17 @@ def finding_passes() -> list[Pass]:
     return [Slicing(), Criterion(), Annealing(), *further]
 
 
+def _moderate(array: NDArray[Any]) -> bool:
+    """Neither NaN nor larger than what can be squared and summed; in float32, because float16 has no HUGE."""
+    return bool((np.abs(array.astype(np.float32)) <= HUGE).all())
+
+
 def _broken(what: str) -> DecompError:
     return DecompError(f"internal error: {what}; please report it with the model's structure")
 
 
 def _stamped(proto: onnx.ModelProto) -> bool:
-    return any(entry.key == "onnx_decomp.version" for entry in proto.metadata_props)
+    return any(entry.key == f"{verify.STAMP}version" for entry in proto.metadata_props)
 
 
 def _stamp(written: onnx.ModelProto, program: Program) -> None:
@@ -460,10 +546,10 @@ def _stamp(written: onnx.ModelProto, program: Program) -> None:
         "input_sha256": program.source.sha256,
         "verdict": ", ".join(f"{rewrite.region.name}: {rewrite.decision}" for rewrite in program.rewrites),
     }
-    for entry in [entry for entry in written.metadata_props if entry.key.startswith("onnx_decomp.")]:
+    for entry in [entry for entry in written.metadata_props if entry.key.startswith(verify.STAMP)]:
         written.metadata_props.remove(entry)
     for key, value in said.items():
-        written.metadata_props.add(key=f"onnx_decomp.{key}", value=value)
+        written.metadata_props.add(key=f"{verify.STAMP}{key}", value=value)
 
 
 def _kept_regions(report: Path, sha256: str) -> set[str]:
@@ -471,7 +557,7 @@ def _kept_regions(report: Path, sha256: str) -> set[str]:
     try:
         found = json.loads(report.read_text(encoding="utf-8"))
         kept, made_for = set(found["kept"]), found["input"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{report}: not a report with a list of kept regions ({type(error).__name__}); give one that --report wrote"
         ) from error
@@ -488,10 +574,13 @@ def version() -> str:
 
 
 def compile_model(
-    source: ModelFile, options: Options, progress: Progress | None = None
+    source: ModelFile, options: Options, progress: Progress | None = None, aside: Path | None = None
 ) -> tuple[Result, Program]:
-    """Compile a loaded model; nothing is written."""
-    run = Run(source, options, progress or Silent())
+    """Compile a loaded model; nothing is written, but for `aside`, which takes what the result has too much of.
+
+    aside: a temporary file that has to stay until the result is saved; None: all of the result is in memory.
+    """
+    run = Run(source, options, progress or Silent(), aside=aside)
     # BLAS threads spin while they wait: one for each core, beside any other program, is several times slower than half.
     with threadpool_limits(limits=max(1, cpu_count() // 2), user_api="blas"):
         program, written = run.compile()
@@ -513,17 +602,24 @@ def compile_model(
 def compile_file(path: Path, out: Path | None, options: Options, progress: Progress | None = None) -> Result:
     """Compile the model at `path` and write it to `out`, whole or not at all (nothing where `out` is None)."""
     if out is not None:
-        model_io.check_output(path, out)
+        saving.check_output(path, out)
     source = model_io.load(path)
-    result, _ = compile_model(source, options, progress)
-    if out is None or options.dry_run or (options.require_change and not result.changed):
-        return result
-    if result.changed:
-        model_io.save(result.model, source, out)
-    else:
-        model_io.copy(source, out)
+    with tempfile.TemporaryDirectory(prefix="onnx-decomp-") as folder:
+        result, _ = compile_model(source, options, progress, _aside(source, Path(folder)))
+        if out is None or options.dry_run or (options.require_change and not result.changed):
+            return result
+        if result.changed:
+            result = replace(result, model=saving.save(result.model, source, out))
+        else:
+            saving.copy(source, out)
     record_output(result.report, out)
     return result
+
+
+def _aside(source: ModelFile, folder: Path) -> Path | None:
+    """Where new tensors of a model wait whose own are in files too, if both are on one drive."""
+    near = folder.absolute().anchor == source.folder.absolute().anchor
+    return folder / "new.data" if source.external and near else None
 
 
 def decompose(
@@ -534,8 +630,6 @@ def decompose(
     options: Options | None = None,
 ) -> Result:
     """Decompose a model in memory or on disk; see `Options` for everything else. Nothing is written."""
-    from dataclasses import replace
-
     chosen = options or Options()
     if init is not None:
         chosen = replace(chosen, init=Path(init))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -198,6 +199,8 @@ class Program:
     """Change of the outputs that the plan expected before its last step was measured."""
     memory: dict[str, object] = field(default_factory=dict)
     """What a pass wants to find again when it runs once more after a gate has undone something."""
+    aside: Path | None = None
+    """Where large tensors of what is written lie until it is saved; None: in the message itself."""
     written: onnx.ModelProto | None = None
     """What the rewrites come to, before it is measured."""
 

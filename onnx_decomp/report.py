@@ -9,7 +9,9 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,17 +21,18 @@ import numpy as np
 import onnx
 from scipy.stats import mannwhitneyu
 
-from onnx_decomp import model_io
+from onnx_decomp import model_io, saving
 from onnx_decomp.axes import Region
 from onnx_decomp.errors import InputError
 from onnx_decomp.init_stats import InitStats
 from onnx_decomp.passes.folding import site_flops, site_labels, site_rank
-from onnx_decomp.program import DROPPED, Program, Rewrite, Segment, Structure
+from onnx_decomp.program import DROPPED, Decision, Program, Rewrite, Segment, Structure
 from onnx_decomp.sites import Site
 
 if TYPE_CHECKING:  # both start ONNX Runtime, which reading a report does not need
     from onnx_decomp.latency import Latency
     from onnx_decomp.metrics import Verification
+    from onnx_decomp.model_io import ModelFile
 
 SCHEMA = "onnx-decomp/1"
 
@@ -42,11 +45,14 @@ REASONS: Mapping[str, str] = {
     "already-compiled": "the model is already decomposed; --force compiles it again",
     "applied": "verified and kept",
     "banned": "a gate undid this region in an earlier round",
-    "bias-not-constant": "the bias is computed while the model runs, so nothing can be folded into it",
     "cannot-verify": "the model can't be run here, so no change to it could be checked",
+    "convolution": "a 1x1 convolution over more positions (1024) than are looked at, or over an unknown number",
     "empty-weight": "the weight has no entries",
     "estimated-null": "the initialization is only guessed from the weights; give --init or --init-preset",
     "excluded": "left out by --include or --exclude",
+    "function": "it lies in a function of the model, which is left as it is",
+    "fused-attention": "the weight is inside of a fused attention; compile the model as it was before that fusion",
+    "fused-operator": "the product is fused with what follows it; compile the model as it was before that fusion",
     "independent-parts": "moving inputs shows parts that have nothing to do with each other",
     "influence-everywhere": "every part of the outputs needs every part of the inputs",
     "latency": "it was decomposed, measured, found not faster, and undone",
@@ -59,15 +65,19 @@ REASONS: Mapping[str, str] = {
     "null-does-not-fit": "the weights don't follow the given initialization, so nothing is decided from it",
     "off-block-evidence": "training left significant weights between the blocks",
     "off-block-influence": "inputs that would be left out move the outputs by too much",
+    "old-opset": "the model's operators are of an opset before 7; convert it to a newer one",
+    "overflow": "numbers in it are infinite, or so large that nothing can be computed from them",
+    "overridable": "the weight is also an input, so callers may feed another; take it off the list of inputs",
     "permutation-cost": "bringing inputs and outputs into block order would cost more than it saves",
+    "quantized": "the weight is quantized; compile the model first and quantize it then",
     "replay": "the replayed report did not keep it",
+    "reshaped-weight": "a Reshape cuts an axis of the stored weight up, or the weight has more axes than its input",
     "rounding": "the written form differs from the dense one by more than rounding explains",
     "rounds-exhausted": "gates undid something in every round, and no more rounds are tried",
     "shared-weight": "the weight is used in several places, and not all of them can be rewritten alike",
     "tolerance": "even compensated, the rewrite changes the outputs by more than the tolerance",
-    "transposed-input": "the Gemm transposes its input (transA)",
-    "weight-on-the-left": "the constant is the left operand of the product",
-    "weight-type": "the weight's type is neither float32 nor float16",
+    "weight-on-the-left": "the constant is the left operand, and the rank of the other one is not known",
+    "weight-type": "the weight's type is not float32, float16, bfloat16 or double",
 }
 
 
@@ -98,7 +108,7 @@ def build(program: Program, written: onnx.ModelProto | None, measured: Measured)
     source, data = program.source, program.data
     dense, rewritten = matmul_flops(program)
     same = {"sha256": source.sha256, "bytes": source.size}
-    output = {"path": None, **(same if written is None else _serialized(written, source.folder))}
+    output = {"path": None, **(same if written is None else _serialized(written, source))}
     report: Report = {
         "schema": SCHEMA,
         "verdict": verdict(program, measured.latency),
@@ -195,7 +205,7 @@ def read(path: Path) -> Report:
     """A report that an earlier run has written."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: not a readable report ({error}); give a file that --report wrote"
         ) from error
@@ -204,25 +214,39 @@ def read(path: Path) -> Report:
     return report
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What a report lacks, or holds in another form, shows where it is used: one line instead of a KeyError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise InputError(
+            f"{path}: a damaged report ({type(error).__name__}: {error}); give a file that --report wrote"
+        ) from error
+
+
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place first, then renamed."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """Write a file whole or not at all: beside its place first, then renamed. Raises InputError if that fails."""
+    temporary = path.with_name(f".onnx-decomp-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise InputError(f"{path}: can't be written: {reason}; write it elsewhere") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _serialized(model: onnx.ModelProto, folder: Path) -> Report:
+def _serialized(model: onnx.ModelProto, source: ModelFile) -> Report:
     """What the file of a model will be; not known where saving will move its large tensors out of it."""
-    if model.ByteSize() > model_io.MAX_EMBEDDED:
+    if not saving.as_it_stands(model, source):
         return {"sha256": None, "bytes": None}
     data = model.SerializeToString(deterministic=True)
-    beside = sum((folder / name).stat().st_size for name in model_io.external_files(model))
+    beside = sum((source.folder / name).stat().st_size for name in model_io.external_files(model))
     return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data) + beside}
 
 
@@ -237,12 +261,15 @@ def _sites(program: Program) -> list[Report]:
         for position, site in enumerate(region.sites)
     }
     rewrites = {rewrite.region.name: rewrite for rewrite in program.rewrites}
+    said: dict[int, list[Decision]] = defaultdict(list)
+    for decision in program.decisions:
+        said[decision.site].append(decision)
     entries = []
     for site in program.sites:
         region, position = place.get(site.index, (None, 0))
         name = region.name if region else None
         rewrite = rewrites.get(name) if name else None
-        unused = _unused(program, site, rewrite, position)
+        unused = _unused(said[site.index], rewrite, position)
         entries.append(
             {
                 "node": site.name,
@@ -252,16 +279,15 @@ def _sites(program: Program) -> list[Report]:
                 "dtype": str(site.dtype),
                 "graph": site.graph,
                 "region": name,
-                **_evidence(program, site),
+                **_evidence(program, site, said[site.index]),
                 "structure": _structure(program, region, position, unused) if region else None,
                 **_outcome(site, rewrite, position),
-                "reason": _reason(program, site, name, rewrite),
+                "reason": _reason(program, site, name, rewrite, said[site.index]),
                 "error": _errors(rewrite, position),
                 "agreement": _agreement(program, site, rewrite, position),
                 "decisions": [
                     {"pass": d.where, "verdict": d.verdict, "reason": d.reason, "numbers": dict(d.numbers)}
-                    for d in program.decisions
-                    if d.site == site.index
+                    for d in said[site.index]
                 ],
             }
         )
@@ -305,11 +331,9 @@ def _errors(rewrite: Rewrite | None, position: int) -> Report:
     return {"predicted": fitted, "measured": measured}
 
 
-def _evidence(program: Program, site: Site) -> Report:
+def _evidence(program: Program, site: Site, said: Sequence[Decision]) -> Report:
     """What the two witnesses say about a site, whatever was decided."""
-    influence = [
-        d.numbers["influence"] for d in program.decisions if d.site == site.index and "influence" in d.numbers
-    ]
+    influence = [decision.numbers["influence"] for decision in said if "influence" in decision.numbers]
     found = program.evidence.get(site.index)
     null: Report | None = None
     if found is not None:
@@ -325,12 +349,12 @@ def _evidence(program: Program, site: Site) -> Report:
     }
 
 
-def _unused(program: Program, site: Site, rewrite: Rewrite | None, position: int) -> str | None:
+def _unused(said: Sequence[Decision], rewrite: Rewrite | None, position: int) -> str | None:
     """Why the blocks that were found at a site were not written, even if it was reduced otherwise."""
     segment = _covering(rewrite.segments, position) if rewrite else None
     if segment is not None and segment.blocks > 1:
         return None
-    declined = [d.reason for d in program.decisions if d.site == site.index and d.verdict == "declined"]
+    declined = [decision.reason for decision in said if decision.verdict == "declined"]
     return declined[-1] if declined else None
 
 
@@ -359,7 +383,9 @@ def _outcome(site: Site, rewrite: Rewrite | None, position: int) -> Report:
     return {"decision": decision, "form": segment.form, "rank": rank, "flop_ratio": count / dense}
 
 
-def _reason(program: Program, site: Site, region: str | None, rewrite: Rewrite | None) -> str | None:
+def _reason(
+    program: Program, site: Site, region: str | None, rewrite: Rewrite | None, said: Sequence[Decision]
+) -> str | None:
     """Why it is as it is. What a gate undid tells more than the later pass that found it banned."""
     if site.obstacle is not None:
         return site.obstacle
@@ -367,8 +393,7 @@ def _reason(program: Program, site: Site, region: str | None, rewrite: Rewrite |
         return rewrite.reason
     if region in program.banned:
         return program.banned[region]
-    last = program.reason(site)
-    return last.reason if last else None
+    return said[-1].reason if said else None
 
 
 def _covering(spans: Iterable[Span], position: int) -> Span | None:

@@ -6,6 +6,7 @@ import ctypes
 import io
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from onnx_decomp.errors import CannotVerifyError, ProviderError
+from onnx_decomp.interruption import stoppable
 from onnx_decomp.options import Provider
 
 Device = Literal["cpu", "cuda"]
@@ -54,22 +56,33 @@ class Session:
         self.outputs = tuple(_port(item) for item in handle.get_outputs())
 
     def run(
-        self, feeds: Arrays, outputs: Sequence[str] | None = None, *, partial: bool = False
+        self,
+        feeds: Arrays,
+        outputs: Sequence[str] | None = None,
+        *,
+        partial: bool = False,
+        seconds: float | None = None,
     ) -> dict[str, NDArray[Any]]:
         """The outputs asked for (all by default) by name.
 
-        `partial`: only the nodes that they need have to run. A hint: ONNX Runtime's builds for inference run
-        the whole graph all the same (microsoft/onnxruntime issue 16013).
+        seconds: after which the run is ended. partial: only the nodes that they need have to run. A hint: ONNX
+        Runtime's builds for inference run the whole graph all the same (microsoft/onnxruntime issue 16013).
 
-        Raises RunError where ONNX Runtime refuses the feeds or fails.
+        Raises RunError where ONNX Runtime refuses the feeds or fails, or time is over.
         """
         names = [port.name for port in self.outputs] if outputs is None else list(outputs)
         options = ort.RunOptions()
         options.log_severity_level = _FATAL
         options.only_execute_path_to_fetches = partial
+        started = time.monotonic()
         try:
-            return dict(zip(names, self.handle.run(names, dict(feeds), options), strict=True))
+            with stoppable(lambda: setattr(options, "terminate", True), seconds):
+                return dict(zip(names, self.handle.run(names, dict(feeds), options), strict=True))
         except Exception as error:
+            if seconds is not None and time.monotonic() - started >= seconds:
+                raise RunError(
+                    f"the model runs for more than {seconds:.0f} s: is there a Loop without end in it?"
+                ) from error
             raise RunError(f"the model fails to run: {_reason(error)}") from error
 
 
@@ -85,8 +98,8 @@ def open_session(
     """Load a model.
 
     threads: of one operator; None leaves it to ONNX Runtime. folder: where a ModelProto's external data lies.
-    prepack: False keeps one copy of each weight, slower but bounded in memory. Raises RunError where ONNX
-    Runtime refuses the model.
+    prepack: False leaves external weights in their files and makes no copies of them, slower but bounded in memory.
+    Raises RunError where ONNX Runtime refuses the model.
     """
     options = _options(threads, prepack, optimize)
     if folder is not None:
@@ -95,7 +108,14 @@ def open_session(
     try:
         source = str(model) if isinstance(model, Path) else model.SerializeToString()
         with _quiet():
-            handle = ort.InferenceSession(source, options, providers=_PROVIDERS[provider], enable_fallback=0)
+            handle = ort.InferenceSession(
+                source,
+                options,
+                providers=_PROVIDERS[provider],
+                enable_fallback=0,
+                # A Transpose of a weight, say, would be done beforehand, and its result held.
+                disabled_optimizers=[] if prepack else ["ConstantFolding"],
+            )
     except Exception as error:
         raise RunError(f"ONNX Runtime can't load the model: {_reason(error)}") from error
     if handle.get_providers()[0] != _PROVIDERS[provider][0]:

@@ -9,12 +9,16 @@ import onnx
 
 from onnx_decomp.calibration import Data, Part
 from onnx_decomp.errors import CannotVerifyError
+from onnx_decomp.graph_index import INITIALIZERS_APART
 from onnx_decomp.metrics import Limits, Verification, compare_outputs
 from onnx_decomp.options import Metric
-from onnx_decomp.runtime import Session
+from onnx_decomp.runtime import RunError, Session
 
 BATCH = 64
 """Samples per run."""
+
+STAMP = "onnx_decomp."
+"""What the keys of our own metadata begin with: a compilation by force writes them anew."""
 
 
 def verify(
@@ -34,11 +38,13 @@ def verify(
     return compare_outputs(pairs, limits, tolerance)
 
 
-def check_original(session: Session, data: Data, batch: int = BATCH) -> None:
+def check_original(session: Session, data: Data, batch: int = BATCH, seconds: float | None = None) -> None:
     """Whether the original can be verified against, on the `select` part.
 
+    seconds: that its first run may take, on as few samples as it runs on.
     Raises CannotVerifyError where it fails to run, gives NaN or infinity, or something else each time.
     """
+    session.run(next(data.batches("select", 1)), seconds=seconds)
     for feeds in data.batches("select", batch):
         first, second = session.run(feeds), session.run(feeds)
         for name, value in first.items():
@@ -53,14 +59,48 @@ def check_original(session: Session, data: Data, batch: int = BATCH) -> None:
                 )
 
 
+def together(session: Session, data: Data, batch: int = BATCH) -> float:
+    """How far the outputs depend on which samples are run at once: largest change when a batch is run in two halves.
+
+    Relative L2; infinity where halves don't run or make up the whole, 0 where the model fixes the number of samples.
+    """
+    feeds = next(data.batches("select", batch))
+    count = len(next(iter(feeds.values())))
+    if data.fixed or count < 2:
+        return 0.0
+    try:
+        halves = [
+            session.run({name: array[part] for name, array in feeds.items()})
+            for part in (slice(count // 2), slice(count // 2, None))
+        ]
+    except RunError:
+        return math.inf
+    joined = {name: _joined([half[name] for half in halves]) for name in halves[0]}
+    return compare_outputs([(session.run(feeds), joined)], "rel-l2").largest
+
+
+def _joined(parts: list[object]) -> object:
+    """Along the samples; the first part alone where there is no such axis."""
+    arrays = [np.asarray(part) for part in parts]
+    return np.concatenate(arrays) if all(array.ndim for array in arrays) else arrays[0]
+
+
+def _fed(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """What callers can feed. Old models have to list every initializer among the inputs: none of those can be fed."""
+    listed = model.ir_version < INITIALIZERS_APART
+    stored = {tensor.name for tensor in model.graph.initializer} if listed else set()
+    return [value for value in model.graph.input if value.name not in stored]
+
+
 def interface_difference(original: onnx.ModelProto, written: onnx.ModelProto) -> str | None:
     """What about the inputs, outputs, operator sets or metadata is no longer as it was, or None."""
-    for kind in ("input", "output"):
-        before, after = getattr(original.graph, kind), getattr(written.graph, kind)
-        if list(before) != list(after):
-            return f"the {kind}s of the model have changed"
+    if _fed(original) != _fed(written):
+        return "the inputs of the model have changed"
+    if list(original.graph.output) != list(written.graph.output):
+        return "the outputs of the model have changed"
     if list(original.opset_import) != list(written.opset_import) or original.ir_version != written.ir_version:
         return "the operator sets or the IR version of the model have changed"
     kept = {entry.key: entry.value for entry in written.metadata_props}
-    lost = [entry.key for entry in original.metadata_props if kept.get(entry.key) != entry.value]
+    own = [entry for entry in original.metadata_props if not entry.key.startswith(STAMP)]
+    lost = [entry.key for entry in own if kept.get(entry.key) != entry.value]
     return f"metadata {', '.join(map(repr, lost))} has changed" if lost else None

@@ -28,9 +28,6 @@ Array = NDArray[np.float64]
 ROWS = 512
 """Of a site's output that are looked at while its columns are moved."""
 
-WIDEST = 256
-"""Columns that are moved one by one; S of wider sites is taken to be the identity."""
-
 
 def importances(
     calibrator: Calibrator,
@@ -81,12 +78,10 @@ def weighted(weight: NDArray[np.floating], importance: Array | None) -> Array:
 def moved_columns(judge: Judge, calibrator: Calibrator, site: Site, program: Program) -> Array | None:
     """S [N, N] of a site that hands on what it makes: each column is moved by itself, and the outputs are looked at.
 
-    None where that would take too many runs, or where the outputs are not arrays of floats.
+    That is one run of the model for each column. None where the outputs are not arrays of floats.
     """
     probe = program.probe
     assert probe is not None
-    if site.shape[1] > WIDEST:
-        return None
     samples = max(-(-ROWS // program.rows_per_sample[site.index]), 2)
     feeds = {name: array[:samples] for name, array in next(program.data.batches("fit", BATCH)).items()}
     original = {

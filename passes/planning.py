@@ -185,9 +185,9 @@ class Planner:
         """The best plan found from blocks as the weights show them, and from slices."""
         if not self.search.regions:
             return
-        blocks = self._accepted(verdicts)
+        blocks, blocked = self._accepted(verdicts)
         continued = self._continued()
-        plan = continued or self.search.within(self.search.start(blocks))
+        plan = continued or self.search.within(self.search.charged(blocked))
         sliced = self._accepted_slices(blocks, verdicts)
         if sliced and continued is None:
             other = self.search.within(self.search.start({**blocks, **sliced}))
@@ -223,16 +223,17 @@ class Planner:
                 break
         return MARGIN * self.program.budget * float(np.sqrt(seen / sum(flops.values())))
 
-    def _accepted(self, verdicts: Verdicts) -> dict[str, tuple[Structure, ...]]:
-        """Regions whose blocks fit and pay, each tried on top of those before it."""
+    def _accepted(self, verdicts: Verdicts) -> tuple[dict[str, tuple[Structure, ...]], Plan]:
+        """Regions whose blocks fit and pay, each tried on top of those before it, and the plan that they make."""
         accepted: dict[str, tuple[Structure, ...]] = {}
+        standing, flows = self.search.start(), self.search.flows()
         for region in self.search.regions:
             structures = self.structures(region)
             if not structures:
                 if self.program.structures.get(region.name):
                     verdicts[region.name].append(Verdict(None, "estimated-null"))
                 continue
-            plan = self.search.start({**accepted, region.name: structures})
+            plan = self.search.behind(standing, region, structures, flows)
             candidate = self._candidate(region, self._part(plan, region).segments)
             numbers = {"change": plan.spent * self._tolerance, "gain": candidate.gain}
             numbers |= self._redraw(region, candidate)
@@ -241,12 +242,12 @@ class Planner:
             elif candidate.gain < WORTHWHILE:
                 verdicts[region.name].append(Verdict(None, self._cost_reason(region, candidate), numbers))
             else:
-                accepted[region.name] = structures
+                accepted[region.name], standing = structures, plan
                 written = [self._part(plan, r) for r in self.search.regions if r.name in accepted]
                 self.orders = joined_orders(
                     Rewrite(part.region, part.segments, (), "split", "") for part in written
                 )
-        return accepted
+        return accepted, standing
 
     def _accepted_slices(
         self, blocks: Mapping[str, Sequence[Structure]], verdicts: Verdicts

@@ -14,6 +14,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_decomp import scratch
 from onnx_decomp.axes import Region
 from onnx_decomp.calibration import Part as DataPart
 from onnx_decomp.cost import CostModel
@@ -56,6 +57,10 @@ PARTS: tuple[DataPart, ...] = ("fit", "select")
 
 TRIED = 0.1
 """Relative error of a site's own output at which sensitivities are measured, about."""
+
+WIDEST, MOST_RUNS = 256, 2048
+"""Columns of a region's exit that are moved one by one, and of all exits together: each is a run of the model. Of what
+is wider, or comes when no more runs are left, all columns count the same."""
 
 ENOUGH, AT_LEAST = 48, 2**14
 """Rows of x for each input of a region's widest site that are fitted on, and rows in any case, as far as there are."""
@@ -156,6 +161,7 @@ class Search:
     _calibrators: dict[str, Calibrator] = field(default_factory=dict)
     _sensitivity: dict[Key, Sensitivity] = field(default_factory=dict)
     _exits: dict[str, dict[int, Array]] = field(default_factory=dict)
+    _runs_left: int = MOST_RUNS
     _relay: Relay | None = None
     _seen: Look | None = None
     """Of the last plan: a step from it may have to be tried again."""
@@ -179,15 +185,17 @@ class Search:
         relay = Relay(program.index, sites, self.regions, program.source.folder)
         if len(self.regions) > 1 and relay.possible and program.data.kind == "calibration":
             self._relay = relay
-            for part, flow in self._flows().items():
+            for part, flow in self.flows().items():
                 for region in self.regions:
                     self._calibrators[region.name].hold(part, flow.to(region, {}))
                     if flow.held > CARRIED:
                         self._relay = None
                         return
 
-    def _flows(self) -> dict[DataPart, Flow]:
+    def flows(self) -> dict[DataPart, Flow]:
         """Batches at the beginning of the model; none where it can't be run in pieces."""
+        if not self._calibrators:
+            self._open()
         if self._relay is None:
             return {}
         first = next(iter(self._calibrators.values()))
@@ -223,7 +231,12 @@ class Search:
     def start(self, structures: Mapping[str, Sequence[Structure]] | None = None) -> Plan:
         """Regions with their blocks, if any, and nothing made smaller."""
         found = structures or {}
-        plan = self.fitted([Part(region, tuple(found.get(region.name, ()))) for region in self.regions])
+        return self.charged(
+            self.fitted([Part(region, tuple(found.get(region.name, ()))) for region in self.regions])
+        )
+
+    def charged(self, plan: Plan) -> Plan:
+        """The same plan, its loss shared out over the regions that have blocks."""
         blocked = sum(not part.dense for part in plan.parts)
         if not blocked:
             return plan
@@ -236,7 +249,7 @@ class Search:
     def fitted(self, parts: Sequence[Part]) -> Plan:
         """Refit every part in graph order, on what the ones before it feed it, and measure."""
         placed: dict[int, Affine] = {}
-        done, flows = [], self._flows()
+        done, flows = [], self.flows()
         for part in parts:
             made = part
             if not part.dense:
@@ -246,15 +259,32 @@ class Search:
                 made = self._refitted(part, placed, entering)
             placed |= made.placed
             done.append(made)
+        return self._judged(done)
+
+    def behind(
+        self, plan: Plan, region: Region, structures: Sequence[Structure], flows: Mapping[DataPart, Flow]
+    ) -> Plan:
+        """A plan with blocks in one more region, behind all that it has rewritten: those stay as they were fitted.
+
+        flows: on their way through the model as it is rewritten; they are not turned back.
+        """
+        placed = plan.placed
+        entering = {each: flow.to(region, placed) for each, flow in flows.items()} if placed else {}
+        made = self._refitted(Part(region, tuple(structures)), placed, entering)
+        return self._judged([made if part.region is region else part for part in plan.parts])
+
+    def _judged(self, parts: Sequence[Part]) -> Plan:
+        placed = {index: fed for part in parts for index, fed in part.placed.items()}
         spent = self.judge.spent(placed) if placed else 0.0
-        return Plan(tuple(done), sum(self.part_cost(part) for part in done), spent)
+        return Plan(tuple(parts), sum(self.part_cost(part) for part in parts), spent)
 
     def _refitted(
         self, part: Part, upstream: Mapping[int, Affine], entering: Mapping[DataPart, list[Feeds]]
     ) -> Part:
         calibrator = self.calibrator(part.region, upstream, entering)
         old = [self.program.affine(site) for site in part.region.sites]
-        fitted = refit_run(calibrator, part.region, part.segments, old, upstream, part.importance)
+        again = self.units or self.ranks  # only a step from here looks at the moments again
+        fitted = refit_run(calibrator, part.region, part.segments, old, upstream, part.importance, again)
         return replace(part, refitted=fitted)
 
     def part_cost(self, part: Part) -> float:
@@ -290,24 +320,27 @@ class Search:
         if refitted is not None:
             affine, moments = refitted.affine, refitted.moments
         else:
-            affine = tuple(self.program.affine(site) for site in region.sites)
-            moments = tuple(calibrator.moments("fit", site, {}) for site in region.sites)
+            affine = tuple(self.program.affine(site).kept() for site in region.sites)
+            moments = tuple(calibrator.moments("fit", site, {}).kept() for site in region.sites)
         importance = part.importance
         if not importance or not copies_of(segments):
             # In slices errors of sites are large, and what the layers behind make of them after refits is no guide.
-            importance = importances(calibrator, region, affine, part.placed, self._exits_of(region))
+            found = importances(calibrator, region, affine, part.placed, self._exits_of(region))
+            importance = tuple(None if each is None else scratch.kept(each) for each in found)
         return Standing(region, segments, affine, moments, tuple(importance))
 
     def _exits_of(self, region: Region) -> dict[int, Array]:
-        """S of sites that hand on what they make, by moving one column of them at a time."""
+        """S of sites that hand on what they make, by moving one column of them at a time, while runs are left."""
         if region.name not in self._exits:
-            calibrator = self.calibrator(region, {})
-            self._exits[region.name] = {
-                at: found
-                for at, site in enumerate(region.sites)
-                if region.ends[at][1] not in region.elastic
-                and (found := moved_columns(self.judge, calibrator, site, self.program)) is not None
-            }
+            calibrator, self._exits[region.name] = self.calibrator(region, {}), {}
+            for at, site in enumerate(region.sites):
+                columns = site.shape[1]
+                if region.ends[at][1] in region.elastic or columns > min(WIDEST, self._runs_left):
+                    continue
+                self._runs_left -= columns
+                found = moved_columns(self.judge, calibrator, site, self.program)
+                if found is not None:
+                    self._exits[region.name][at] = found
         return self._exits[region.name]
 
     # Steps
@@ -386,8 +419,8 @@ class Search:
         level = int(np.searchsorted(knob.harm, TRIED**2 * total))
         level = min(max(level, 1), len(knob.harm) - 1)
         own = float(knob.harm[level])
-        if not 1e-9 * total < own < np.inf:
-            return 1.0  # next to nothing yet, whatever it weighs
+        if total <= 0 or not 1e-9 * total < own < np.inf:
+            return 1.0  # next to nothing yet, whatever it weighs; or the output never changes
         known = self._sensitivity.get(knob.key)
         if known is None or own / total > FURTHER * known.tried:
             made = turned(standing, knob.key, level, knob, None if units is None else units.kept[level])
@@ -403,6 +436,8 @@ class Search:
 
     def within(self, plan: Plan) -> Plan:
         """Steps down from a plan until the tolerance is spent."""
+        if not (self.units or self.ranks):
+            return plan
         order, margin, failed, cap = self.judge.order, self.margin, 0, np.inf
         for _ in range(STEPS):
             allowed = min(margin**order / self.scale(plan) - plan.harm, cap)

@@ -17,7 +17,7 @@ from onnx_decomp.errors import CannotVerifyError
 from onnx_decomp.metrics import Limits, OutputChange, Verification, compare_outputs, judge, wilson
 from onnx_decomp.options import Metric
 from onnx_decomp.runtime import open_session
-from onnx_decomp.verify import check_original, interface_difference, verify
+from onnx_decomp.verify import check_original, interface_difference, together, verify
 from tests.small import mlp, model, value
 
 
@@ -146,6 +146,22 @@ def test_an_original_that_fails_or_is_sound() -> None:
     with pytest.raises(CannotVerifyError, match="fails to run"):
         check_original(open_session(proto), synthetic(proto, 20, seed=0))
     check_original(open_session(mlp()), synthetic(mlp(), 20, seed=0))
+
+
+def test_samples_that_see_one_another_are_told_from_those_that_do_not() -> None:
+    """A Softmax over the samples, one over each, and a mean of all, which has no axis of samples."""
+    data = synthetic(mlp(), 60, seed=0)
+    assert together(open_session(mlp()), data) < 1e-5
+    across, within = unary("Softmax", axis=0), unary("Softmax", axis=1)
+    assert together(open_session(across), synthetic(across, 60, seed=0)) > 0.1
+    assert together(open_session(within), synthetic(within, 60, seed=0)) < 1e-5
+    mean = model(
+        [helper.make_node("ReduceMean", ["x"], ["y"], axes=[0], keepdims=0)],
+        [value("x", ["N", 6])],
+        [value("y", [6])],
+        opset=13,
+    )
+    assert together(open_session(mean), synthetic(mean, 60, seed=0)) == np.inf
 
 
 def test_the_interface_is_everything_that_callers_see() -> None:
