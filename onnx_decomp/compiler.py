@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
@@ -16,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 from joblib import cpu_count
@@ -26,26 +24,24 @@ from threadpoolctl import threadpool_limits
 from onnx_decomp import calibration, guards, model_io, runtime, saving, trial, verify, workers
 from onnx_decomp.axes import find_regions
 from onnx_decomp.calibration import Data
-from onnx_decomp.errors import CannotVerifyError, DecompError, InputError, ProviderError, UsageError
+from onnx_decomp.errors import CannotVerifyError, InputError, ProviderError, UsageError
 from onnx_decomp.evaluation import Evaluation
 from onnx_decomp.evaluation import load as load_evaluation
+from onnx_decomp.gates import Findings, Gates, session_of, stamp
 from onnx_decomp.init_stats import load_nulls, module_scopes
-from onnx_decomp.latency import Latency
-from onnx_decomp.latency import compare as compare_latency
-from onnx_decomp.metrics import Limits, Verification, compare_outputs, wilson
+from onnx_decomp.metrics import Limits, wilson
 from onnx_decomp.model_io import ModelFile
 from onnx_decomp.options import Options
 from onnx_decomp.passes.annealing import Annealing
-from onnx_decomp.passes.compensation import BATCH
 from onnx_decomp.passes.criterion import Criterion
 from onnx_decomp.passes.planning import Planning
 from onnx_decomp.passes.slicing import Slicing
-from onnx_decomp.passes.splitting import Splitting, emit
+from onnx_decomp.passes.splitting import Splitting
 from onnx_decomp.probe import Probe, outer_tensors, stream_of
-from onnx_decomp.program import Pass, Program, Rewrite
+from onnx_decomp.program import Pass, Program
 from onnx_decomp.progress import Progress, Silent
 from onnx_decomp.report import Measured, build, record_output
-from onnx_decomp.runtime import Device, Session, open_session
+from onnx_decomp.runtime import Device, open_session
 from onnx_decomp.sites import GraphIndex, find_sites
 
 HUGE = 1e15
@@ -74,22 +70,8 @@ MIXED = 0.01
 MOST_TIMED, MOST_ROWS = 128, 1024
 """Samples of one timed run at most, and rows of x where a sample has many."""
 
-WHOLE_SECONDS, REGION_SECONDS = 2.0, 0.5
-"""Time spent on comparing whole models, and on asking for each kept region whether it helps."""
-
 ROWS_PER_INPUT = 10
 """Calibration rows for each input of a site under which refits are known to suffer."""
-
-FLOAT_NOISE = {
-    np.dtype(np.float64): 1e-4,  # weights are fitted in float32
-    np.dtype(np.float32): 1e-4,
-    np.dtype(np.float16): 2e-2,
-    np.dtype(ml_dtypes.bfloat16): 2e-1,
-}
-"""Largest relative difference between the written model and the dense-equivalent one, by a type in use."""
-
-TF32_NOISE = 5e-3
-"""The same on a GPU, whose float32 products keep ten bits of their operands."""
 
 
 @dataclass(frozen=True)
@@ -102,19 +84,6 @@ class Result:
 
 
 @dataclass
-class Gates:
-    """What one round of measuring found; `offenders` are the regions to undo, none when everything passed."""
-
-    verification: Verification | None = None
-    rewrite_change: float = 0.0
-    scores: tuple[float, float] | None = None
-    """Of the original and of the written model on the report part, where the user has a function for it."""
-    latency: Latency | None = None
-    offenders: tuple[str, ...] = ()
-    why: str = ""
-
-
-@dataclass
 class Run:
     """One compilation under way."""
 
@@ -124,15 +93,15 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     warnings: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
-    gates: Gates = field(default_factory=Gates)
+    findings: Findings = field(default_factory=Findings)
     target: Device = "cpu"
     """Provider whose forms are written."""
     provider: Device = "cpu"
     """Provider that things are measured on here."""
     evaluation: Evaluation | None = None
     """The user's own score, which decides instead of the metric."""
-    faster: set[str] = field(default_factory=set)
-    """Regions that made the rest faster when they were asked."""
+    gates: Gates = field(init=False)
+    """Once the original is known to be one that can be verified against."""
     aside: Path | None = None
     """A temporary file for large tensors of what is written; None: they stay in the message."""
 
@@ -162,7 +131,7 @@ class Run:
         if not self._can_verify(program):
             return program, "cannot-verify"
         if self.evaluation is not None:
-            self.evaluation.original = self.original.run
+            self.evaluation.original = self.gates.original.run
             self.evaluation.before("select")  # what is wrong with it shows now, not after planning
         self._warn_of_mixing(program)
         self._warn_of_few_samples(program)
@@ -255,13 +224,14 @@ class Run:
         """
         if program.data.kind == "none":
             return False
+        source = self.source
         try:
-            self.original = self._session(self.source.path or self.source.proto)
+            original = session_of(source.path or source.proto, source, self.options, self.provider)
         except CannotVerifyError as error:
             self.warnings.append(f"not verified: {error}")
             return False
         try:
-            verify.check_original(self.original, program.data, seconds=self._patience)
+            verify.check_original(original, program.data, seconds=self._patience)
         except CannotVerifyError as error:
             if program.data.kind == "calibration":
                 raise
@@ -269,16 +239,8 @@ class Run:
             return False
         if program.data.kind == "synthetic":
             self.warnings.append("not verified on real data: only synthetic inputs were given to the model")
+        self.gates = Gates(program, original, self.provider)
         return True
-
-    def _session(self, model: onnx.ModelProto | Path) -> Session:
-        """Weights stay in their files where they are not asked to be as quick as they can."""
-        folder, prepack = self.source.folder, self.options.latency_gate
-        if isinstance(model, onnx.ModelProto):
-            model, folder = saving.rooted(model, folder)
-        return open_session(
-            model, provider=self.provider, threads=self.options.threads, folder=folder, prepack=prepack
-        )
 
     def _replay(self, program: Program) -> None:
         if self.options.replay is None:
@@ -338,7 +300,7 @@ class Run:
         """Samples that see one another are not independent: no figure holds for other sizes of a batch."""
         if program.data.kind != "calibration":
             return
-        change = verify.together(self.original, program.data)
+        change = verify.together(self.gates.original, program.data)
         if change > MIXED:
             many = min(program.data.samples("select"), verify.BATCH)
             self.warnings.append(
@@ -377,17 +339,17 @@ class Run:
             Splitting().run(program)
             written = program.written
             assert written is not None
-            _stamp(written, program)
+            stamp(written, program, program.rewrites)
             self.progress.stage(f"measuring, round {number + 1}")
-            self.gates = self._measure(program, written)
-            if not self.gates.offenders:
+            self.findings = self.gates.measure()
+            if not self.findings.offenders:
                 return written
             if self._with_less(program, number):
-                self.history.append({"round": number + 1, "undone": None, "why": self.gates.why})
+                self.history.append({"round": number + 1, "undone": None, "why": self.findings.why})
                 continue
-            for name in self.gates.offenders:
-                program.banned[name] = self.gates.why
-                self.history.append({"round": number + 1, "undone": name, "why": self.gates.why})
+            for name in self.findings.offenders:
+                program.banned[name] = self.findings.why
+                self.history.append({"round": number + 1, "undone": name, "why": self.findings.why})
         self._nothing(program, "rounds-exhausted")
         program.rewrites = []
         return None
@@ -398,119 +360,14 @@ class Run:
         What was planned on the select part may be a little too much on the report part; banning a region for that
         would throw away nearly all that it gains.
         """
-        if self.gates.why != "tolerance" or number >= FRUGAL_ROUNDS or program.predicted is None:
+        if self.findings.why != "tolerance" or number >= FRUGAL_ROUNDS or program.predicted is None:
             return False
-        verification = self.gates.verification
+        verification = self.findings.verification
         spent = verification.spent if verification is not None else np.inf
         if not np.isfinite(spent):
             return False
         program.budget *= FRUGAL / max(spent, 1.0)
         return True
-
-    def emitted(self, program: Program) -> tuple[onnx.ModelProto, Session]:
-        """The model with a program's rewrites, and a session of it, once it computes what they do."""
-        written = emit(program.index, program.rewrites, model_io.opset(self.source.proto), self.target)
-        _stamp(written, program)
-        candidate = self._session(written)
-        change = self._rewrite_change(program, candidate)
-        if problem := verify.interface_difference(self.source.proto, written):
-            raise _broken(problem)
-        if change > self._noise(program.rewrites):
-            raise _broken(f"the written model differs by {change:.3g} from what was measured")
-        return written, candidate
-
-    def _measure(self, program: Program, written: onnx.ModelProto) -> Gates:
-        gates = Gates()
-        worst = max(program.rewrites, key=lambda rewrite: rewrite.change).region.name
-        try:
-            candidate = self._session(written)
-        except CannotVerifyError as error:
-            raise _broken(f"the written model does not load: {error}") from error
-        if problem := verify.interface_difference(self.source.proto, written):
-            raise _broken(problem)
-        gates.rewrite_change = self._rewrite_change(program, candidate)
-        if gates.rewrite_change > self._noise(program.rewrites):
-            gates.offenders, gates.why = (worst,), "rounding"
-            return gates
-        limits = Limits.asked(self.options).widened(self._own_rounding(program))
-        gates.verification = verify.verify(self.original, candidate, program.data, "report", limits)
-        if not gates.verification.passed or self._worse(gates, candidate):
-            gates.offenders, gates.why = (worst,), "tolerance"
-            return gates
-        if self.options.latency_gate:
-            gates.latency = self._latency(program, candidate)
-            if self.options.replay is None:
-                gates.offenders, gates.why = self._slow(program, candidate, gates.latency), "latency"
-        return gates
-
-    def _worse(self, gates: Gates, candidate: Session) -> bool:
-        """Whether the user's own score falls by more than the tolerance."""
-        if self.evaluation is None:
-            return False
-        before, after = self.evaluation.compared(candidate.run, "report")
-        gates.scores = before, after
-        return before - after > self.options.tolerance
-
-    def _slow(self, program: Program, candidate: Session, whole: Latency) -> tuple[str, ...]:
-        """Regions to undo: the whole is not faster, or it is, but would be faster still without them."""
-        rewrites = program.rewrites
-        if whole.interval[0] < self.options.min_speedup:
-            return (min(rewrites, key=lambda rewrite: rewrite.gain).region.name,)
-        if len(rewrites) < 2 or {rewrite.region.name for rewrite in rewrites} <= self.faster:
-            return ()
-        gains: dict[str, float] = {}
-        for number, rewrite in enumerate(rewrites):
-            self.progress.advance(number, len(rewrites))
-            rest = [other for other in rewrites if other is not rewrite]
-            without = self._session(emit(program.index, rest, model_io.opset(self.source.proto), self.target))
-            gains[rewrite.region.name] = self._latency(program, candidate, without, REGION_SECONDS).speedup
-        # Asked once: the model without the slow ones is measured as a whole, which is what counts.
-        self.faster |= {name for name, gain in gains.items() if gain >= 1.0}
-        return tuple(name for name, gain in gains.items() if gain < 1.0)
-
-    def _noise(self, rewrites: Sequence[Rewrite]) -> float:
-        sites = [site for rewrite in rewrites for site in rewrite.region.sites]
-        noise = max(FLOAT_NOISE[kind] for site in sites for kind in (site.dtype, site.storage))
-        return max(noise, TF32_NOISE) if self.provider == "cuda" else noise
-
-    def _own_rounding(self, program: Program) -> dict[str, float]:
-        """How far an original of 16 bits differs from itself when only the order of its sums changes; else nothing.
-
-        Of each output by its own metric.
-        """
-        sites = [site for rewrite in program.rewrites for site in rewrite.region.sites]
-        halves = [site for site in sites if site.dtype.itemsize == 2]
-        probe = program.probe
-        if not halves or probe is None:
-            return {}
-        batches = program.data.batches("select", BATCH)
-        pairs = ((self.original.run(feeds), probe.run(feeds, {})) for feeds in batches)
-        return compare_outputs(pairs, Limits.asked(self.options)).changes
-
-    def _rewrite_change(self, program: Program, candidate: Session) -> float:
-        """The written model against the dense-equivalent one: the same sums in another order."""
-        probe = program.probe
-        assert probe is not None
-        placed = {
-            site.index: affine
-            for rewrite in program.rewrites
-            for site, affine in zip(rewrite.region.sites, rewrite.fed, strict=True)
-        }
-        batches = program.data.batches("select", BATCH)
-        pairs = ((probe.run(feeds, placed), candidate.run(feeds)) for feeds in batches)
-        return compare_outputs(pairs, "rel-l2").largest
-
-    def _latency(
-        self,
-        program: Program,
-        candidate: Session,
-        before: Session | None = None,
-        seconds: float = WHOLE_SECONDS,
-    ) -> Latency:
-        feeds = next(program.data.batches("report", program.timed_samples))
-        return compare_latency(
-            before or self.original, candidate, feeds, seconds=seconds, seed=self.options.seed
-        )
 
 
 def finding_passes() -> list[Pass]:
@@ -524,32 +381,8 @@ def _moderate(array: NDArray[Any]) -> bool:
     return bool((np.abs(array.astype(np.float32)) <= HUGE).all())
 
 
-def _broken(what: str) -> DecompError:
-    return DecompError(f"internal error: {what}; please report it with the model's structure")
-
-
 def _stamped(proto: onnx.ModelProto) -> bool:
     return any(entry.key == f"{verify.STAMP}version" for entry in proto.metadata_props)
-
-
-def _stamp(written: onnx.ModelProto, program: Program) -> None:
-    """Say in the model's own metadata what was done to it; the user's entries stay as they are."""
-    options = program.options
-    asked: dict[str, Any] = {"tolerance": options.tolerance, "metric": options.metric, "seed": options.seed}
-    if options.limits:
-        asked["limits"] = options.limits
-    if options.evaluate is not None:
-        asked["evaluate"] = options.evaluate
-    said = {
-        "version": version(),
-        "options": json.dumps(asked, sort_keys=True),
-        "input_sha256": program.source.sha256,
-        "verdict": ", ".join(f"{rewrite.region.name}: {rewrite.decision}" for rewrite in program.rewrites),
-    }
-    for entry in [entry for entry in written.metadata_props if entry.key.startswith(verify.STAMP)]:
-        written.metadata_props.remove(entry)
-    for key, value in said.items():
-        written.metadata_props.add(key=f"{verify.STAMP}{key}", value=value)
 
 
 def _kept_regions(report: Path, sha256: str) -> set[str]:
@@ -568,11 +401,6 @@ def _kept_regions(report: Path, sha256: str) -> set[str]:
     return kept
 
 
-def version() -> str:
-    """Version of this package as installed."""
-    return metadata.version("onnx-decomp")
-
-
 def compile_model(
     source: ModelFile, options: Options, progress: Progress | None = None, aside: Path | None = None
 ) -> tuple[Result, Program]:
@@ -585,12 +413,12 @@ def compile_model(
     with threadpool_limits(limits=max(1, cpu_count() // 2), user_api="blas"):
         program, written = run.compile()
     if written is None:
-        run.gates = Gates()
+        run.findings = Findings()
     measured = Measured(
-        verification=run.gates.verification,
-        rewrite_change=run.gates.rewrite_change,
-        scores=run.gates.scores,
-        latency=run.gates.latency,
+        verification=run.findings.verification,
+        rewrite_change=run.findings.rewrite_change,
+        scores=run.findings.scores,
+        latency=run.findings.latency,
         history=tuple(run.history),
         warnings=tuple(run.warnings),
         seconds=time.monotonic() - run.started,

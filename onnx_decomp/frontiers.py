@@ -19,8 +19,9 @@ from joblib import cpu_count
 from threadpoolctl import threadpool_limits
 
 from onnx_decomp import calibration, model_io
-from onnx_decomp.compiler import REGION_SECONDS, Run
+from onnx_decomp.compiler import Run
 from onnx_decomp.errors import UsageError
+from onnx_decomp.gates import REGION_SECONDS
 from onnx_decomp.latency import compare as compare_latency
 from onnx_decomp.metrics import Limits, compare_outputs
 from onnx_decomp.model_io import ModelFile
@@ -381,10 +382,12 @@ class Walked:
         _, session = self._emitted(plan)
         feeds = next(self.program.data.batches("report", self.program.timed_samples))
         seed = self.program.options.seed
-        return compare_latency(self.run.original, session, feeds, seconds=REGION_SECONDS, seed=seed).speedup
+        return compare_latency(
+            self.run.gates.original, session, feeds, seconds=REGION_SECONDS, seed=seed
+        ).speedup
 
     def _emitted(self, plan: Plan) -> tuple[onnx.ModelProto, Any]:
-        return self.run.emitted(replace(self.program, rewrites=self._rewrites(plan.parts)))
+        return self.run.gates.emitted(self._rewrites(plan.parts))
 
     def written(self, point: Point) -> onnx.ModelProto:
         """The model of a point; the original itself for the dense one."""

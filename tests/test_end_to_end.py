@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, compose, helper, numpy_helper
 
 from models.planted import Planted, PlantedModel, build, calibration, shuffled
-from onnx_decomp import compiler
+from onnx_decomp import compiler, gates
 from onnx_decomp.cli import main
 from onnx_decomp.latency import Latency
 from onnx_decomp.runtime import cuda_problem, open_session
@@ -374,7 +374,7 @@ SCHEMA = {
 
 
 def test_the_report_has_every_promised_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "compare_latency", timed(2.0))
+    monkeypatch.setattr(gates, "compare_latency", timed(2.0))
     made = planted_job(tmp_path, build(CLEAR))
     code, report = made.run("--provider", "cpu", "--objective", "flops", "-q")
     assert code == 0
@@ -433,13 +433,13 @@ def test_replay_repeats_what_measurement_decided(
 ) -> None:
     """The gate undoes one region of two; the replay keeps the other one without asking the clock."""
     made = two_regions.job
-    monkeypatch.setattr(compiler, "compare_latency", timed(0.9, 1.5))
+    monkeypatch.setattr(gates, "compare_latency", timed(0.9, 1.5))
     code, report = made.run("--provider", "cpu", "--objective", "flops", "-q")
     assert code == 0
     assert len(report["kept"]) == len(report["history"]) == 1
     kept = tmp_path / "kept.json"
     kept.write_text(json.dumps(report))
-    monkeypatch.setattr(compiler, "compare_latency", timed(0.5))
+    monkeypatch.setattr(gates, "compare_latency", timed(0.5))
     code, again = made.run(
         "--provider", "cpu", "--objective", "flops", "-q", "--replay", str(kept), out=tmp_path / "again.onnx"
     )
@@ -628,7 +628,7 @@ GATED = ("--provider", "cpu", "--objective", "flops", "--quiet")
 
 
 def test_what_is_not_faster_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "compare_latency", timed(0.8))
+    monkeypatch.setattr(gates, "compare_latency", timed(0.8))
     made = planted_job(tmp_path, build(CLEAR))
     code, report = made.run(*GATED)
     assert code == 0
@@ -651,7 +651,7 @@ def test_what_is_not_faster_is_undone(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_never_slower_than_was_asked(
     options: Sequence[str], measured: float, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler, "compare_latency", timed(measured))
+    monkeypatch.setattr(gates, "compare_latency", timed(measured))
     made = planted_job(tmp_path, build(CLEAR))
     code, report = made.run(*GATED, *options)
     assert code == 0
@@ -663,7 +663,7 @@ def test_never_slower_than_was_asked(
 def test_undoing_goes_on_until_what_is_left_is_faster(
     two_regions: TwoRegions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler, "compare_latency", timed(0.9, 1.5))
+    monkeypatch.setattr(gates, "compare_latency", timed(0.9, 1.5))
     code, report = two_regions.job.run(*GATED)
     assert code == 0
     check_outcome(two_regions.job, report)
@@ -677,7 +677,7 @@ def test_a_region_that_only_slows_the_rest_down_is_undone(
     two_regions: TwoRegions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole is faster; then each region against the model without it: the second one does harm."""
-    monkeypatch.setattr(compiler, "compare_latency", timed(1.5, 1.8, 0.9, 1.6))
+    monkeypatch.setattr(gates, "compare_latency", timed(1.5, 1.8, 0.9, 1.6))
     code, report = two_regions.job.run(*GATED)
     assert code == 0
     check_outcome(two_regions.job, report)

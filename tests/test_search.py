@@ -380,7 +380,7 @@ def test_a_path_predicts_the_error_of_a_refit(seed: int, noise: float, doubled: 
         assert least <= real * (1 + 1e-6) + slack
         assert real <= (least + lam * moved) * (1 + 1e-6) + slack
     if noise == 0.1:  # else units that are all but sums of others go as well
-        assert path.squared[doubled] <= 1e-10 * path.total
+        assert path.squared[doubled] <= 1e-8 * path.total  # the ridge leaves that much of copies
 
 
 def test_a_path_followed_part_of_the_way_is_the_same_so_far() -> None:

@@ -1,0 +1,220 @@
+"""What a written model has to pass: it computes what was measured, within the tolerance, and it is faster.
+
+The first gate that fails names the regions to undo; the loop is the compiler's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+
+from onnx_decomp import model_io, saving, verify
+from onnx_decomp.errors import CannotVerifyError, DecompError
+from onnx_decomp.latency import Latency
+from onnx_decomp.latency import compare as compare_latency
+from onnx_decomp.metrics import Limits, Verification, compare_outputs
+from onnx_decomp.model_io import ModelFile
+from onnx_decomp.options import Options
+from onnx_decomp.passes.compensation import BATCH
+from onnx_decomp.passes.splitting import emit
+from onnx_decomp.program import Program, Rewrite
+from onnx_decomp.runtime import Device, Session, open_session
+
+WHOLE_SECONDS, REGION_SECONDS = 2.0, 0.5
+"""Time spent on comparing whole models, and on asking for each kept region whether it helps."""
+
+FLOAT_NOISE = {
+    np.dtype(np.float64): 1e-4,  # weights are fitted in float32
+    np.dtype(np.float32): 1e-4,
+    np.dtype(np.float16): 2e-2,
+    np.dtype(ml_dtypes.bfloat16): 2e-1,
+}
+"""Largest relative difference between the written model and the dense-equivalent one, by a type in use."""
+
+TF32_NOISE = 5e-3
+"""The same on a GPU, whose float32 products keep ten bits of their operands."""
+
+
+@dataclass
+class Findings:
+    """What one round of measuring found; `offenders` are the regions to undo, none when everything passed."""
+
+    verification: Verification | None = None
+    rewrite_change: float = 0.0
+    scores: tuple[float, float] | None = None
+    """Of the original and of the written model on the report part, where the user has a function for it."""
+    latency: Latency | None = None
+    offenders: tuple[str, ...] = ()
+    why: str = ""
+
+
+@dataclass
+class Gates:
+    """Of one compilation; holds the original, which everything is measured against."""
+
+    program: Program
+    original: Session
+    provider: Device
+    """That things are measured on here."""
+    faster: set[str] = field(default_factory=set)
+    """Regions that made the rest faster when they were asked."""
+
+    def emitted(self, rewrites: Sequence[Rewrite]) -> tuple[onnx.ModelProto, Session]:
+        """The model with rewrites, and a session of it, once it computes what they do."""
+        program = self.program
+        written = emit(program.index, rewrites, model_io.opset(program.original), program.target)
+        stamp(written, program, rewrites)
+        candidate, change = self._passed(written, rewrites)
+        if change > self._noise(rewrites):
+            raise _broken(f"the written model differs by {change:.3g} from what was measured")
+        return written, candidate
+
+    def measure(self) -> Findings:
+        """What the program has written, gate after gate; a first one that fails ends it."""
+        program, found = self.program, Findings()
+        assert program.written is not None
+        worst = max(program.rewrites, key=lambda rewrite: rewrite.change).region.name
+        candidate, found.rewrite_change = self._passed(program.written, program.rewrites)
+        if found.rewrite_change > self._noise(program.rewrites):
+            found.offenders, found.why = (worst,), "rounding"
+            return found
+        limits = Limits.asked(program.options).widened(self._own_rounding())
+        found.verification = verify.verify(self.original, candidate, program.data, "report", limits)
+        if not found.verification.passed or self._worse(found, candidate):
+            found.offenders, found.why = (worst,), "tolerance"
+            return found
+        if program.options.latency_gate:
+            found.latency = self._latency(candidate)
+            if program.options.replay is None:
+                found.offenders, found.why = self._slow(candidate, found.latency), "latency"
+        return found
+
+    def _passed(self, written: onnx.ModelProto, rewrites: Sequence[Rewrite]) -> tuple[Session, float]:
+        """A session of what was written, and how far it is from the dense-equivalent model. Nothing else may differ."""
+        try:
+            candidate = self.session(written)
+        except CannotVerifyError as error:
+            raise _broken(f"the written model does not load: {error}") from error
+        if problem := verify.interface_difference(self.program.original, written):
+            raise _broken(problem)
+        return candidate, self._rewrite_change(rewrites, candidate)
+
+    def session(self, model: onnx.ModelProto | Path) -> Session:
+        """Of the original or of what was written of it."""
+        return session_of(model, self.program.source, self.program.options, self.provider)
+
+    def _worse(self, found: Findings, candidate: Session) -> bool:
+        """Whether the user's own score falls by more than the tolerance."""
+        if self.program.evaluation is None:
+            return False
+        before, after = self.program.evaluation.compared(candidate.run, "report")
+        found.scores = before, after
+        return before - after > self.program.options.tolerance
+
+    def _slow(self, candidate: Session, whole: Latency) -> tuple[str, ...]:
+        """Regions to undo: the whole is not faster, or it is, but would be faster still without them."""
+        program, rewrites = self.program, self.program.rewrites
+        if whole.interval[0] < self.program.options.min_speedup:
+            return (min(rewrites, key=lambda rewrite: rewrite.gain).region.name,)
+        if len(rewrites) < 2 or {rewrite.region.name for rewrite in rewrites} <= self.faster:
+            return ()
+        gains, opset = dict[str, float](), model_io.opset(program.original)
+        for number, rewrite in enumerate(rewrites):
+            program.progress.advance(number, len(rewrites))
+            rest = [other for other in rewrites if other is not rewrite]
+            without = self.session(emit(program.index, rest, opset, program.target))
+            gains[rewrite.region.name] = self._latency(candidate, without, REGION_SECONDS).speedup
+        # Asked once: the model without the slow ones is measured as a whole, which is what counts.
+        self.faster |= {name for name, gain in gains.items() if gain >= 1.0}
+        return tuple(name for name, gain in gains.items() if gain < 1.0)
+
+    def _noise(self, rewrites: Sequence[Rewrite]) -> float:
+        sites = [site for rewrite in rewrites for site in rewrite.region.sites]
+        noise = max(FLOAT_NOISE[kind] for site in sites for kind in (site.dtype, site.storage))
+        return max(noise, TF32_NOISE) if self.provider == "cuda" else noise
+
+    def _own_rounding(self) -> dict[str, float]:
+        """How far an original of 16 bits differs from itself when only the order of its sums changes; else nothing.
+
+        Of each output by its own metric.
+        """
+        program = self.program
+        sites = [site for rewrite in program.rewrites for site in rewrite.region.sites]
+        halves = [site for site in sites if site.dtype.itemsize == 2]
+        probe = program.probe
+        if not halves or probe is None:
+            return {}
+        batches = program.data.batches("select", BATCH)
+        pairs = ((self.original.run(feeds), probe.run(feeds, {})) for feeds in batches)
+        return compare_outputs(pairs, Limits.asked(self.program.options)).changes
+
+    def _rewrite_change(self, rewrites: Sequence[Rewrite], candidate: Session) -> float:
+        """The written model against the dense-equivalent one: the same sums in another order."""
+        program, probe = self.program, self.program.probe
+        assert probe is not None
+        placed = {
+            site.index: affine
+            for rewrite in rewrites
+            for site, affine in zip(rewrite.region.sites, rewrite.fed, strict=True)
+        }
+        batches = program.data.batches("select", BATCH)
+        pairs = ((probe.run(feeds, placed), candidate.run(feeds)) for feeds in batches)
+        return compare_outputs(pairs, "rel-l2").largest
+
+    def _latency(
+        self, candidate: Session, before: Session | None = None, seconds: float = WHOLE_SECONDS
+    ) -> Latency:
+        program = self.program
+        feeds = next(program.data.batches("report", program.timed_samples))
+        return compare_latency(
+            before or self.original, candidate, feeds, seconds=seconds, seed=program.options.seed
+        )
+
+
+def session_of(
+    model: onnx.ModelProto | Path, source: ModelFile, options: Options, provider: Device
+) -> Session:
+    """Of `source` or of what was made of it. Weights stay in their files unless they are to be as quick as they can."""
+    folder = source.folder
+    if isinstance(model, onnx.ModelProto):
+        model, folder = saving.rooted(model, folder)
+    return open_session(
+        model, provider=provider, threads=options.threads, folder=folder, prepack=options.latency_gate
+    )
+
+
+def _broken(what: str) -> DecompError:
+    return DecompError(f"internal error: {what}; please report it with the model's structure")
+
+
+def stamp(written: onnx.ModelProto, program: Program, rewrites: Sequence[Rewrite]) -> None:
+    """Say in the model's own metadata what was done to it; the user's entries stay as they are."""
+    options = program.options
+    asked: dict[str, Any] = {"tolerance": options.tolerance, "metric": options.metric, "seed": options.seed}
+    if options.limits:
+        asked["limits"] = options.limits
+    if options.evaluate is not None:
+        asked["evaluate"] = options.evaluate
+    said = {
+        "version": version(),
+        "options": json.dumps(asked, sort_keys=True),
+        "input_sha256": program.source.sha256,
+        "verdict": ", ".join(f"{rewrite.region.name}: {rewrite.decision}" for rewrite in rewrites),
+    }
+    for entry in [entry for entry in written.metadata_props if entry.key.startswith(verify.STAMP)]:
+        written.metadata_props.remove(entry)
+    for key, value in said.items():
+        written.metadata_props.add(key=f"{verify.STAMP}{key}", value=value)
+
+
+def version() -> str:
+    """Version of this package as installed."""
+    return metadata.version("onnx-decomp")
