@@ -88,6 +88,8 @@ def _child(folder: Path, work: Path, prepare: Callable[[Path], list[str]], limit
     """Never returns into the caller's code: its result is the exit code of the process."""
     faulthandler.disable()
     try:
+        # First of all: a message that is copied into itself a few times takes more than any machine has.
+        resource.setrlimit(resource.RLIMIT_AS, (4 * limits.memory, 4 * limits.memory))
         arguments = prepare(work)
         (folder / "command").write_text("\0".join(arguments), errors="surrogatepass")
         before = sorted(path.name for path in work.rglob("*"))
@@ -98,7 +100,6 @@ def _child(folder: Path, work: Path, prepare: Callable[[Path], list[str]], limit
             os.dup2(handle, number)
         _scale_down(limits)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (4 * limits.memory, 4 * limits.memory))
         resource.setrlimit(resource.RLIMIT_CPU, (int(limits.seconds), int(limits.seconds) + 5))
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 28, 1 << 28))
     except BaseException:
