@@ -413,7 +413,8 @@ class Search:
         """Loss for each unit of a knob's own error, measured by turning it alone; base: what the plan itself makes.
 
         Against that and not against the original: what is gone already would drown it. What could be turned by
-        next to nothing only when it was measured is measured again once there is more.
+        next to nothing only when it was measured is measured again once there is more; in slices, whose S stays as
+        it was, each time.
         """
         total = _variance(standing, knob.key)
         level = int(np.searchsorted(knob.harm, TRIED**2 * total))
@@ -422,7 +423,7 @@ class Search:
         if total <= 0 or not 1e-9 * total < own < np.inf:
             return 1.0  # next to nothing yet, whatever it weighs; or the output never changes
         known = self._sensitivity.get(knob.key)
-        if known is None or own / total > FURTHER * known.tried:
+        if known is None or own / total > FURTHER * known.tried or copies_of(standing.segments):
             made = turned(standing, knob.key, level, knob, None if units is None else units.kept[level])
             fed = {
                 standing.region.sites[at].index: View.of(standing.region, standing.segments, at).fed(affine)
