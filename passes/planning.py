@@ -40,6 +40,10 @@ PREFERRED = 3.0
 """Weight of a plan with slices: what they remove is leakage between parts, so that the task suffers less than from the
 same change of the outputs elsewhere (docs/benchmarks.md)."""
 
+ROOM = 0.7
+"""Share of what may be spent above which the search is not taken up again after something was undone: it would cost as
+much time as before, for little."""
+
 EXACT = 1e-6
 """Change of the outputs on held-back samples up to which a removal counts as exact."""
 
@@ -205,9 +209,8 @@ class Planner:
         if not isinstance(before, Plan) or before.spent > self.search.margin:
             return None
         names = {region.name for region in self.search.regions}
-        return self.search.within(
-            self.search.fitted([part for part in before.parts if part.region.name in names])
-        )
+        plan = self.search.fitted([part for part in before.parts if part.region.name in names])
+        return self.search.within(plan) if plan.spent < ROOM * self.search.margin else plan
 
     @property
     def _tolerance(self) -> float:
