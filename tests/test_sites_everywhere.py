@@ -237,7 +237,7 @@ def test_bfloat16_is_compiled_where_it_runs(tmp_path: Path, monkeypatch: pytest.
         assert kinds == {TensorProto.FLOAT}
         return open_session(in_float32(model), **options)
 
-    for module in ("compiler", "probe"):
+    for module in ("compiler", "gates", "probe"):
         monkeypatch.setattr(f"onnx_decomp.{module}.open_session", wide)
     planted = build(CLEAR)
     graph = Graph(17, ml_dtypes.bfloat16)
