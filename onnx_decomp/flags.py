@@ -180,7 +180,9 @@ def _default(command: click.Command, path: Path, key: str, value: Any) -> tuple[
                 raise click.BadParameter(f"{path}: {key}: {value!r} has to be {kind}")
             if param.multiple:
                 return str(param.name), [str(item) for item in listed]
-            return str(param.name), (not value if flag in param.secondary_opts else value)
+            if param.is_flag:
+                return str(param.name), (not value if flag in param.secondary_opts else value)
+            return str(param.name), str(value)  # as on the command line: a number may be the name of a file
     raise click.BadParameter(
         f"{path}: unknown key {key!r}: keys are the names of options, as in min-speedup = 1.1"
     )

@@ -383,6 +383,7 @@ OPTIONS = {
 FILES = {
     "config with infinity": ("--config", "seed = inf", USAGE, "seed"),
     "config with a book of a number": ("--config", f"min-speedup = {'9' * 400}", USAGE, "min-speedup"),
+    "config with a number for a file": ("--config", "replay = -1", INPUT, "-1"),
     "config that runs code": ("--config", 'evaluate = "score.py:score"', USAGE, "on the command line"),
     "replay of brackets": ("--replay", "[" * 10**5, INPUT, "given"),
     "config with an unknown key": ("--config", "tolerence = 1", USAGE, "tolerence"),
