@@ -458,13 +458,23 @@ def decompose(
     options: Options | None = None,
 ) -> Result:
     """Decompose a model in memory or on disk; see `Options` for everything else. Nothing is written."""
+    chosen = with_files(options, init, calib)
+    return compile_model(opened(model), chosen)[0]
+
+
+def with_files(options: Options | None, init: str | Path | None, calib: str | Path | None) -> Options:
+    """Options with the files that were given beside them."""
     chosen = options or Options()
     if init is not None:
         chosen = replace(chosen, init=Path(init))
     if calib is not None:
         chosen = replace(chosen, calib=Path(calib))
-    source = model_io.from_proto(model) if isinstance(model, onnx.ModelProto) else model_io.load(Path(model))
-    return compile_model(source, chosen)[0]
+    return chosen
+
+
+def opened(model: onnx.ModelProto | str | Path) -> ModelFile:
+    """A model in memory or on disk. Raises InputError as `model_io` does."""
+    return model_io.from_proto(model) if isinstance(model, onnx.ModelProto) else model_io.load(Path(model))
 
 
 __all__ = ["Data", "Result", "compile_file", "compile_model", "decompose"]

@@ -18,8 +18,8 @@ import onnx
 from joblib import cpu_count
 from threadpoolctl import threadpool_limits
 
-from onnx_decomp import calibration, model_io
-from onnx_decomp.compiler import Run
+from onnx_decomp import calibration
+from onnx_decomp.compiler import Run, opened, with_files
 from onnx_decomp.errors import UsageError
 from onnx_decomp.gates import REGION_SECONDS
 from onnx_decomp.latency import compare as compare_latency
@@ -511,14 +511,9 @@ def frontier(
     latency: bool = False,
 ) -> Frontier:
     """Cost against change of a model in memory or on disk, at the ratios asked for. Nothing is written."""
-    chosen = options or Options()
-    if init is not None:
-        chosen = replace(chosen, init=Path(init))
-    if calib is not None:
-        chosen = replace(chosen, calib=Path(calib))
+    chosen = with_files(options, init, calib)
     check(chosen, ratios, methods)
-    source = model_io.from_proto(model) if isinstance(model, onnx.ModelProto) else model_io.load(Path(model))
-    return trace_frontier(source, chosen, ratios, methods, latency)
+    return trace_frontier(opened(model), chosen, ratios, methods, latency)
 
 
 __all__ = ["METHODS", "Frontier", "Method", "Point", "check", "evenly", "frontier", "trace_frontier"]

@@ -113,6 +113,15 @@ def all_names(graph: onnx.GraphProto) -> set[str]:
     return names
 
 
+def unique(name: str, taken: set[str]) -> str:
+    """The name, or with a number where it is taken; it is from now on."""
+    candidate, number = name, 1
+    while candidate in taken:
+        candidate, number = f"{name}.{number}", number + 1
+    taken.add(candidate)
+    return candidate
+
+
 @dataclass(frozen=True)
 class Source:
     """A constant as an operator reads it.

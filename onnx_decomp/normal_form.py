@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnx_decomp.graph import Constants, Source, attribute, is_standard
+from onnx_decomp.graph import Constants, Source, attribute, is_standard, unique
 
 ShapeOf = Callable[[str], tuple[int | None, ...] | None]
 
@@ -168,17 +168,10 @@ class _Expansion:
     def _add(
         self, op: str, tag: str, inputs: Sequence[str], output: str | None = None, **attributes: Any
     ) -> str:
-        name = self._unique(f"{self.node.name or self.node.op_type}/decomp/{tag}")
-        made = output or self._unique(f"{name}_output")
+        name = unique(f"{self.node.name or self.node.op_type}/decomp/{tag}", self.taken)
+        made = output or unique(f"{name}_output", self.taken)
         self.nodes.append(onnx.helper.make_node(op, list(inputs), [made], name=name, **attributes))
         return made
-
-    def _unique(self, name: str) -> str:
-        candidate, number = name, 1
-        while candidate in self.taken:
-            candidate, number = f"{name}.{number}", number + 1
-        self.taken.add(candidate)
-        return candidate
 
 
 def _swap(rank: int) -> list[int]:

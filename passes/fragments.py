@@ -11,6 +11,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnx_decomp.graph import unique
 from onnx_decomp.sites import Site
 
 Value: TypeAlias = Any
@@ -31,11 +32,7 @@ class Fragment:
     """What a weight that is stored in another type is once it was converted, by its name."""
 
     def unique(self, name: str) -> str:
-        candidate, number = name, 1
-        while candidate in self.taken:
-            candidate, number = f"{name}.{number}", number + 1
-        self.taken.add(candidate)
-        return candidate
+        return unique(name, self.taken)
 
     def weight(self, name: str, array: NDArray[Any], dtype: np.dtype[Any]) -> gs.Constant:
         """A new constant; one of the same name and content is used again, so that a shared weight stays shared."""

@@ -72,7 +72,9 @@ class Judge:
         return max(self._loss(name, change) for name, change in outputs.items())
 
     def outputs(self, placed: Mapping[int, Affine]) -> Sequence[Outputs]:
-        """The model's outputs on the select part, batch by batch."""
+        """The model's outputs on the select part, batch by batch; the original's are held."""
+        if not placed:
+            return self._held()
         return [made for _, made in self._pairs(placed)]
 
     def _loss(self, name: str, change: OutputChange) -> float:
@@ -97,8 +99,15 @@ class Judge:
     def _pairs(self, placed: Mapping[int, Affine], reference: Sequence[Outputs] | None = None) -> Any:
         probe = self.program.probe
         assert probe is not None
-        batches: list[Feeds] = list(self.program.data.batches("select", batch_size(self.program)))
-        if not self._originals:
-            self._originals = [probe.run(feeds, {}) for feeds in batches]
-        for before, feeds in zip(reference or self._originals, batches, strict=True):
+        for before, feeds in zip(reference or self._held(), self._batches(), strict=True):
             yield before, probe.run(feeds, placed)
+
+    def _batches(self) -> list[Feeds]:
+        return list(self.program.data.batches("select", batch_size(self.program)))
+
+    def _held(self) -> list[Outputs]:
+        probe = self.program.probe
+        assert probe is not None
+        if not self._originals:
+            self._originals = [probe.run(feeds, {}) for feeds in self._batches()]
+        return self._originals
