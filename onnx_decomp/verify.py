@@ -80,9 +80,10 @@ def together(session: Session, data: Data, batch: int = BATCH) -> float:
 
 
 def _joined(parts: list[object]) -> object:
-    """Along the samples; the first part alone where there is no such axis."""
+    """Along the samples; the first part alone where there is no such axis, or the parts don't fit together."""
     arrays = [np.asarray(part) for part in parts]
-    return np.concatenate(arrays) if all(array.ndim for array in arrays) else arrays[0]
+    fit = all(array.ndim for array in arrays) and len({array.shape[1:] for array in arrays}) == 1
+    return np.concatenate(arrays) if fit else arrays[0]
 
 
 def _fed(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
