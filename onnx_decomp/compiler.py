@@ -6,12 +6,12 @@ Nothing is written before every gate has passed. Where nothing is kept, the outp
 from __future__ import annotations
 
 import json
-import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,18 @@ from joblib import cpu_count
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from onnx_decomp import calibration, guards, model_io, runtime, saving, trial, verify, workers
+from onnx_decomp import (
+    calibration,
+    cautions,
+    guards,
+    model_io,
+    runtime,
+    saving,
+    scratch,
+    trial,
+    verify,
+    workers,
+)
 from onnx_decomp.axes import find_regions
 from onnx_decomp.calibration import Data
 from onnx_decomp.errors import CannotVerifyError, InputError, ProviderError, UsageError
@@ -29,8 +40,8 @@ from onnx_decomp.evaluation import Evaluation
 from onnx_decomp.evaluation import load as load_evaluation
 from onnx_decomp.gates import Findings, Gates, session_of, stamp
 from onnx_decomp.init_stats import load_nulls, module_scopes
-from onnx_decomp.metrics import Limits, wilson
 from onnx_decomp.model_io import ModelFile
+from onnx_decomp.nesting import MAX_DEPTH, Bodies, Nested
 from onnx_decomp.options import Options
 from onnx_decomp.passes.annealing import Annealing
 from onnx_decomp.passes.criterion import Criterion
@@ -42,7 +53,7 @@ from onnx_decomp.program import Pass, Program
 from onnx_decomp.progress import Progress, Silent
 from onnx_decomp.report import Measured, build, record_output
 from onnx_decomp.runtime import Device, open_session
-from onnx_decomp.sites import GraphIndex, find_sites
+from onnx_decomp.sites import IN_BODY, GraphIndex, find_sites
 
 HUGE = 1e15
 """Numbers above this are not squared, summed and inverted: of moments that they are in, too few digits are left."""
@@ -64,14 +75,8 @@ FIRST_SECONDS, SECONDS_PER_BYTE = 120.0, 60e-9
 TRIED = 2**26
 """Bytes up to which a model is tried in a process of its own first (64 MiB): larger ones take long to load twice."""
 
-MIXED = 0.01
-"""Change of the outputs, when the same samples are run in two halves, beyond which they see one another."""
-
 MOST_TIMED, MOST_ROWS = 128, 1024
 """Samples of one timed run at most, and rows of x where a sample has many."""
-
-ROWS_PER_INPUT = 10
-"""Calibration rows for each input of a site under which refits are known to suffer."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +109,39 @@ class Run:
     """Once the original is known to be one that can be verified against."""
     aside: Path | None = None
     """A temporary file for large tensors of what is written; None: they stay in the message."""
+    nested: Nested | None = None
+    """Where the model is a body of another one."""
+    parts: Iterator[int] = field(default_factory=count)
+    """Numbers the compilations of bodies."""
+    replayed: set[str] | None = None
+    """Names of the only regions that may be kept; None: all may."""
 
     def compile(self) -> tuple[Program, onnx.ModelProto | None]:
         """The program with everything decided, and the written model or None where nothing was kept."""
         program, obstacle = self.prepared()
         if obstacle is not None:
-            return self._nothing(program, obstacle)
-        return program, self._settle(program)
+            return self._nothing(program, obstacle, (None, IN_BODY))
+        return program, self._with_bodies(program, self._settle(program))
 
     def prepared(self) -> tuple[Program, str | None]:
         """The program with everything that does not depend on what is kept, or the reason why nothing can be."""
+        program = self._open(self._checked() if self.nested is None else self.nested.data)
+        if _stamped(self.source.proto) and not self.options.force:
+            return program, "already-compiled"  # before its weights are looked for in the original's snapshot
+        self._read_nulls(program)
+        if not self._can_verify(program):
+            return program, "cannot-verify"
+        if self.evaluation is not None:
+            self.evaluation.original = self.gates.original.run
+            self.evaluation.before("select")  # what is wrong with it shows now, not after planning
+        self.warnings += cautions.of_mixing(program, self.gates.original)
+        self.warnings += cautions.of_few_samples(program)
+        self._replay(program)
+        self._find(program)
+        return program, None
+
+    def _checked(self) -> Data:
+        """The data of a model, once everything that was asked for is known to be possible."""
         self._choose_provider()
         self._check_limits()
         workers.check(self.options.scheduler)
@@ -124,20 +152,7 @@ class Run:
         if self.source.size <= TRIED:
             name = str(self.source.path or "the model")
             trial.attempt(partial(self._try, data), name, 2 * self._patience, guards.MAX_TENSOR)
-        program = self._open(data)
-        if _stamped(self.source.proto) and not self.options.force:
-            return program, "already-compiled"  # before its weights are looked for in the original's snapshot
-        self._read_nulls(program)
-        if not self._can_verify(program):
-            return program, "cannot-verify"
-        if self.evaluation is not None:
-            self.evaluation.original = self.gates.original.run
-            self.evaluation.before("select")  # what is wrong with it shows now, not after planning
-        self._warn_of_mixing(program)
-        self._warn_of_few_samples(program)
-        self._replay(program)
-        self._find(program)
-        return program, None
+        return data
 
     @property
     def _patience(self) -> float:
@@ -168,9 +183,11 @@ class Run:
         return calibration.load(self.options.calib, self.source.proto, self.options.seed)
 
     def _open(self, data: Data) -> Program:
-        index = GraphIndex.build(self.source.proto, partial(model_io.read_tensor, self.source))
+        read = partial(model_io.read_tensor, self.source)
+        index = GraphIndex.build(self.source.proto, read, None if self.nested is None else self.nested.around)
         sites = find_sites(index)
         self.warnings += data.warnings
+        timed = min(MOST_TIMED, data.samples("report"))
         program = Program(
             self.source,
             self.options,
@@ -182,7 +199,7 @@ class Run:
             target=self.target,
             evaluation=self.evaluation,
             aside=self.aside,
-            timed_samples=min(MOST_TIMED, data.samples("report")),
+            timed_samples=timed if self.nested is None else data.fixed or timed,  # one run of a body
         )
         for site in sites:
             if site.obstacle is not None:
@@ -201,7 +218,13 @@ class Run:
     def _read_nulls(self, program: Program) -> None:
         options = self.options
         scopes = module_scopes(program.index, program.sites)
-        program.init = load_nulls(program.sites, program.affine, options.init, options.init_preset, scopes)
+        load = partial(load_nulls, program.sites, program.affine)
+        try:
+            program.init = load(options.init, options.init_preset, scopes)
+        except InputError:
+            if self.nested is None:
+                raise
+            program.init = load(None, options.init_preset, scopes)  # it may be about other parts of the model
 
     def _synthetic(self) -> Data:
         """Made-up inputs, or none where the graph does not tell what they should be."""
@@ -211,9 +234,11 @@ class Run:
             self.warnings.append(f"not verified: {error}")
             return calibration.NO_DATA
 
-    def _nothing(self, program: Program, reason: str) -> tuple[Program, None]:
+    def _nothing(
+        self, program: Program, reason: str, obstacles: tuple[str | None, ...] = (None,)
+    ) -> tuple[Program, None]:
         for site in program.sites:
-            if site.obstacle is None:
+            if site.obstacle in obstacles:
                 program.decide("compiler", site, "declined", reason)
         return program, None
 
@@ -243,11 +268,10 @@ class Run:
         return True
 
     def _replay(self, program: Program) -> None:
-        if self.options.replay is None:
-            return
-        kept = _kept_regions(self.options.replay, self.source.sha256)
+        if self.options.replay is not None:
+            self.replayed = _kept_regions(self.options.replay, self.source.sha256)
         for region in program.regions:
-            if region.name not in kept:
+            if self.replayed is not None and region.name not in self.replayed:
                 program.banned[region.name] = "replay"
 
     def _find(self, program: Program) -> None:
@@ -264,7 +288,7 @@ class Run:
             program.rows_per_sample = self._rows_per_sample(program, program.probe)
             most = max(MOST_ROWS // max(program.rows_per_sample.values()), 1)
             program.timed_samples = min(program.timed_samples, most)
-            self._warn_of_few_rows(program)
+            self.warnings += cautions.of_few_rows(program)
 
     def _refuse_overflow(self, program: Program, probe: Probe) -> None:
         """Leave regions alone whose weights or tensors are so large that moments of them are infinite or noise."""
@@ -276,51 +300,6 @@ class Run:
         for region in program.regions:
             if any(large & {site.input, site.output} for site in region.sites):
                 program.banned.setdefault(region.name, "overflow")
-
-    def _warn_of_few_rows(self, program: Program) -> None:
-        """A refit on too few rows generalises badly; the select part will see it, the user should know why."""
-        if program.data.kind != "calibration":
-            return
-        samples, per_sample = program.data.samples("fit"), program.rows_per_sample
-        short = [
-            site
-            for region in program.regions
-            for site in region.sites
-            if samples * per_sample[site.index] < ROWS_PER_INPUT * site.shape[0]
-        ]
-        if short:
-            widest = max(short, key=lambda site: site.shape[0])
-            rows = samples * per_sample[widest.index]
-            self.warnings.append(
-                f"{rows} calibration rows to fit on are few for {widest.name} with {widest.shape[0]} inputs: "
-                f"{ROWS_PER_INPUT} for each input let more be removed"
-            )
-
-    def _warn_of_mixing(self, program: Program) -> None:
-        """Samples that see one another are not independent: no figure holds for other sizes of a batch."""
-        if program.data.kind != "calibration":
-            return
-        change = verify.together(self.gates.original, program.data)
-        if change > MIXED:
-            many = min(program.data.samples("select"), verify.BATCH)
-            self.warnings.append(
-                f"outputs depend on which samples are run at once (by {change:.2g} for {many} or half of them): "
-                "is the first axis of the inputs really that of samples? What is measured holds for such batches only"
-            )
-
-    def _warn_of_few_samples(self, program: Program) -> None:
-        """So few samples can't show that winners stay: not even if all of them do. One row of classes each."""
-        if program.data.kind != "calibration":
-            return
-        samples, limits = program.data.samples("select"), Limits.asked(self.options)
-        least = wilson(0.0, samples)
-        for value in self.source.proto.graph.output:
-            metric, tolerance = limits.of(value.name)
-            if metric == "top1" and len(value.type.tensor_type.shape.dim) == 2 and least > tolerance:
-                self.warnings.append(
-                    f"{samples} samples to choose on can't show that fewer than {least:.2g} of the winners of "
-                    f"{value.name!r} change, and {tolerance:g} are allowed: give more samples, or allow more"
-                )
 
     def _rows_per_sample(self, program: Program, probe: Probe) -> dict[int, int]:
         feeds = next(program.data.batches("select", 1))  # few: this asks for the outputs of all sites at once
@@ -339,7 +318,7 @@ class Run:
             Splitting().run(program)
             written = program.written
             assert written is not None
-            stamp(written, program, program.rewrites)
+            stamp(written, program, program.kept)
             self.progress.stage(f"measuring, round {number + 1}")
             self.findings = self.gates.measure()
             if not self.findings.offenders:
@@ -353,6 +332,55 @@ class Run:
         self._nothing(program, "rounds-exhausted")
         program.rewrites = []
         return None
+
+    def _with_bodies(self, program: Program, written: onnx.ModelProto | None) -> onnx.ModelProto | None:
+        """The same with bodies of If, Loop and Scan rewritten."""
+        depth = 0 if self.nested is None else self.nested.depth
+        if depth >= MAX_DEPTH:
+            return written
+        found = Bodies(program, self.gates, self._compile_body, written, depth)
+        made, findings = found.run()
+        self.warnings += found.warnings
+        self.history += [{"round": 1, "undone": where, "why": why} for where, why in found.undone]
+        if made is None or findings is None:
+            return written
+        findings.rewrite_change = self.findings.rewrite_change
+        findings.scores = findings.scores or self.findings.scores
+        self.findings = findings
+        stamp(made, program, program.kept)
+        return made
+
+    def _compile_body(self, model: onnx.ModelProto, nested: Nested) -> tuple[Program, onnx.ModelProto | None]:
+        """A body by itself. What is measured is its outputs; latency, and any score, are those of the whole model."""
+        where = nested.where
+        options = replace(
+            self.options,
+            tolerance=nested.tolerance,
+            metric="rel-l2",
+            limits=(),
+            evaluate=None,
+            latency_gate=False,
+            replay=None,
+        )
+        run = Run(
+            replace(self.source, path=None, proto=model),
+            options,
+            self.progress,
+            target=self.target,
+            provider=self.provider,
+            aside=self.aside and self.aside.with_name(f"{self.aside.name}.{next(self.parts)}"),
+            nested=nested,
+        )
+        if self.replayed is not None:
+            run.replayed = {name[len(where) + 1 :] for name in self.replayed if name.startswith(f"{where}/")}
+        done = run.compile()
+        self.history += [
+            entry | {"undone": f"{where}/{entry['undone']}"} for entry in run.history if entry["undone"]
+        ]
+        if nested.data.kind == "calibration":
+            said = [f"{where}: {warning}" for warning in run.warnings]
+            self.warnings += [warning for warning in said if warning not in self.warnings]
+        return done
 
     def _with_less(self, program: Program, number: int) -> bool:
         """Whether the same regions are to be planned again, on a smaller budget.
@@ -432,8 +460,8 @@ def compile_file(path: Path, out: Path | None, options: Options, progress: Progr
     if out is not None:
         saving.check_output(path, out)
     source = model_io.load(path)
-    with tempfile.TemporaryDirectory(prefix="onnx-decomp-") as folder:
-        result, _ = compile_model(source, options, progress, _aside(source, Path(folder)))
+    with scratch.folder() as folder:
+        result, _ = compile_model(source, options, progress, _aside(source, folder))
         if out is None or options.dry_run or (options.require_change and not result.changed):
             return result
         if result.changed:

@@ -71,7 +71,7 @@ class Gates:
         """The model with rewrites, and a session of it, once it computes what they do."""
         program = self.program
         written = emit(program.index, rewrites, model_io.opset(program.original), program.target)
-        stamp(written, program, rewrites)
+        stamp(written, program, [(rewrite.region.name, rewrite) for rewrite in rewrites])
         candidate, change = self._passed(written, rewrites)
         if change > self._noise(rewrites):
             raise _broken(f"the written model differs by {change:.3g} from what was measured")
@@ -86,26 +86,52 @@ class Gates:
         if found.rewrite_change > self._noise(program.rewrites):
             found.offenders, found.why = (worst,), "rounding"
             return found
-        limits = Limits.asked(program.options).widened(self._own_rounding())
-        found.verification = verify.verify(self.original, candidate, program.data, "report", limits)
-        if not found.verification.passed or self._worse(found, candidate):
-            found.offenders, found.why = (worst,), "tolerance"
-            return found
-        if program.options.latency_gate:
-            found.latency = self._latency(candidate)
-            if program.options.replay is None:
-                found.offenders, found.why = self._slow(candidate, found.latency), "latency"
+        self._compare(candidate, found)
+        if found.why:
+            found.offenders = (worst,)
+        elif found.latency is not None and program.options.replay is None:
+            found.offenders, found.why = self._slow(candidate, found.latency), "latency"
         return found
 
+    def judged(self, written: onnx.ModelProto, batch: int) -> Findings:
+        """The whole model with its bodies rewritten, against the original; `why` is empty if it computes the same.
+
+        batch: samples of one run.
+        """
+        candidate, found = self._loaded(written), Findings()
+        self._compare(candidate, found, batch)
+        return found
+
+    def speedup(self, before: onnx.ModelProto, after: onnx.ModelProto) -> float:
+        """Of one model over another, looked at briefly."""
+        return self._latency(self.session(after), self.session(before), REGION_SECONDS).speedup
+
+    def _compare(self, candidate: Session, found: Findings, batch: int = verify.BATCH) -> None:
+        """Outputs against the original's on the report part, and if they pass, latency."""
+        program = self.program
+        limits = Limits.asked(program.options).widened(self._own_rounding())
+        found.verification = verify.verify(
+            self.original, candidate, program.data, "report", limits, batch=batch
+        )
+        if not found.verification.passed or self._worse(found, candidate):
+            found.why = "tolerance"
+        elif program.options.latency_gate:
+            found.latency = self._latency(candidate)
+
     def _passed(self, written: onnx.ModelProto, rewrites: Sequence[Rewrite]) -> tuple[Session, float]:
-        """A session of what was written, and how far it is from the dense-equivalent model. Nothing else may differ."""
+        """A session of what was written, and how far it is from the dense-equivalent model."""
+        candidate = self._loaded(written)
+        return candidate, self._rewrite_change(rewrites, candidate)
+
+    def _loaded(self, written: onnx.ModelProto) -> Session:
+        """A session of what was written. From outside it has to be the original."""
         try:
             candidate = self.session(written)
         except CannotVerifyError as error:
             raise _broken(f"the written model does not load: {error}") from error
         if problem := verify.interface_difference(self.program.original, written):
             raise _broken(problem)
-        return candidate, self._rewrite_change(rewrites, candidate)
+        return candidate
 
     def session(self, model: onnx.ModelProto | Path) -> Session:
         """Of the original or of what was written of it."""
@@ -195,8 +221,11 @@ def _broken(what: str) -> DecompError:
     return DecompError(f"internal error: {what}; please report it with the model's structure")
 
 
-def stamp(written: onnx.ModelProto, program: Program, rewrites: Sequence[Rewrite]) -> None:
-    """Say in the model's own metadata what was done to it; the user's entries stay as they are."""
+def stamp(written: onnx.ModelProto, program: Program, rewrites: Sequence[tuple[str, Rewrite]]) -> None:
+    """Say in the model's own metadata what was done to it; the user's entries stay as they are.
+
+    rewrites: with the names of their regions.
+    """
     options = program.options
     asked: dict[str, Any] = {"tolerance": options.tolerance, "metric": options.metric, "seed": options.seed}
     if options.limits:
@@ -207,7 +236,7 @@ def stamp(written: onnx.ModelProto, program: Program, rewrites: Sequence[Rewrite
         "version": version(),
         "options": json.dumps(asked, sort_keys=True),
         "input_sha256": program.source.sha256,
-        "verdict": ", ".join(f"{rewrite.region.name}: {rewrite.decision}" for rewrite in rewrites),
+        "verdict": ", ".join(f"{name}: {rewrite.decision}" for name, rewrite in rewrites),
     }
     for entry in [entry for entry in written.metadata_props if entry.key.startswith(verify.STAMP)]:
         written.metadata_props.remove(entry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from onnx_decomp import guards
 from onnx_decomp.errors import InputError
+from onnx_decomp.functions import FunctionKey, Inlined, inlined
 from onnx_decomp.graph import (
     Constants,
     Source,
     TensorReader,
     all_names,
     constant_tensor,
+    mentions,
     nested_graphs,
     outer_reads,
 )
@@ -35,17 +37,30 @@ INITIALIZERS_APART = 4
 """IR version from which initializers need not be listed among the inputs; those that are may be overridden."""
 
 
+@dataclass(frozen=True)
+class Around:
+    """What a graph that is the body of another's node has to heed.
+
+    pinned: constants that others read too. reserved: names that others have. called: functions that others call.
+    """
+
+    pinned: frozenset[str] = frozenset()
+    reserved: frozenset[str] = frozenset()
+    called: frozenset[FunctionKey] = frozenset()
+
+
 @dataclass
 class GraphIndex:
     """The main graph, its products in normal form; `proto` is the model as it is, and is never changed.
 
-    nodes: the operators in normal form. Everything else counts positions in them. origins: for each the position in
-    the model's own list of the node that it stands for.
+    nodes: the operators in normal form. Everything else counts positions in them. operators: as the model has them,
+    with calls of its functions written out. origins: for each node the position in it of the one that it stands for.
     """
 
     proto: onnx.ModelProto
     read: TensorReader
     nodes: Sequence[onnx.NodeProto] = ()
+    operators: Inlined = field(default_factory=lambda: Inlined(()))
     origins: Sequence[int] = ()
     constants: Constants = field(init=False)
     producer: dict[str, int] = field(default_factory=dict)
@@ -59,14 +74,22 @@ class GraphIndex:
     """What callers may feed, and need not."""
     pinned_tensors: set[str] = field(default_factory=set)
     """Graph inputs and outputs, and whatever a nested graph reads: visible outside the main graph's nodes."""
+    around: Around = field(default_factory=lambda: Around())
 
     @classmethod
-    def build(cls, proto: onnx.ModelProto, read: TensorReader) -> GraphIndex:
-        index = cls(proto, read)
-        index.nodes, index.origins = proto.graph.node, range(len(proto.graph.node))
+    def build(
+        cls,
+        proto: onnx.ModelProto,
+        read: TensorReader,
+        around: Around | None = None,
+    ) -> GraphIndex:
+        index = cls(proto, read, around=around or Around())
+        index.pinned_tensors.update(index.around.pinned)
+        taken = all_names(proto.graph) | index.around.reserved
+        index.operators = inlined(proto, taken, index.around.called)
+        index.nodes, index.origins = index.operators.nodes, range(len(index.operators.nodes))
         index.constants = Constants.of(index.nodes, index._initializers(), read)
         index._read_shapes()
-        taken = all_names(proto.graph)
         normal = normal_form(index.nodes, index.constants, taken, index.shapes.get)
         if any(len(group) > 1 for group in normal):
             index.nodes = [node for group in normal for node in group]
@@ -82,10 +105,11 @@ class GraphIndex:
         listed = (
             {value.name for value in graph.input} if self.proto.ir_version >= INITIALIZERS_APART else set()
         )
-        return {
+        stored = {
             tensor.name: Source.of(tensor.name, tensor, "overridable" if tensor.name in listed else None)
             for tensor in graph.initializer
         }
+        return stored | {name: Source.of(name, held) for name, held in self.operators.constants.items()}
 
     def _read_nodes(self) -> None:
         graph = self.proto.graph
@@ -104,7 +128,7 @@ class GraphIndex:
                 self.pinned_tensors.update(outer_reads(nested))
         self.inputs = tuple(value.name for value in graph.input if value.name not in self.stored)
         self.defaults = frozenset(self.inputs).intersection(self.constants.sources)
-        self.pinned_tensors.update(self.inputs)
+        self.pinned_tensors.update(self.inputs, self.operators.staying)
         self.pinned_tensors.update(value.name for value in graph.output)
         self.pinned_tensors.update(item.tensor_name for item in graph.quantization_annotation)
 
@@ -143,6 +167,12 @@ class GraphIndex:
                 skeleton.graph.initializer.append(tensor)
             else:
                 large[tensor.name] = tensor
+        for name, tensor in self.operators.constants.items():
+            if prod(tensor.dims) <= SMALL:
+                skeleton.graph.initializer.append(tensor)
+                skeleton.graph.initializer[-1].name = name
+            else:
+                large[name] = tensor
         for node in self.nodes:
             held = constant_tensor(node)
             if held is None or prod(held.dims) <= SMALL:
@@ -163,9 +193,22 @@ class GraphIndex:
         return self.nodes[position]
 
     def original(self, position: int) -> onnx.NodeProto:
-        """The node of the model itself that the one at a position stands for."""
-        node: onnx.NodeProto = self.proto.graph.node[self.origins[position]]
-        return node
+        """The node of the model itself, or of a function of it, that the one at a position stands for."""
+        return self.operators.nodes[self.origins[position]]
+
+    def calls(self, position: int) -> list[onnx.NodeProto]:
+        """The calls of functions that a position lies in, outermost first."""
+        return [self.operators.calls[call] for call in self.operators.within[self.origins[position]]]
+
+    def held(self, nodes: Iterable[onnx.NodeProto]) -> list[onnx.TensorProto]:
+        """Constants of functions that nodes read, as initializers of the main graph."""
+        read = set(mentions(nodes)) if self.operators.constants else set()
+        found = []
+        for name in sorted(read & self.operators.constants.keys()):
+            found.append(onnx.TensorProto())
+            found[-1].CopyFrom(self.operators.constants[name])
+            found[-1].name = name
+        return found
 
     def siblings(self, position: int) -> range:
         """Positions of everything that stands for the same node of the model."""

@@ -43,6 +43,7 @@ def probe_model(index: GraphIndex, sites: Sequence[Site], fetch: Iterable[str]) 
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
+    graph.initializer.extend(index.held(nodes))
     _only_apart(model)
     for site in sites:
         _add_weights(graph, site)
@@ -75,7 +76,7 @@ def part_model(
         graph.node.extend(_affine_nodes(ends[position]) if position in ends else [index.node(position)])
     read = set(mentions(graph.node))
     graph.initializer.extend(
-        onnx.numpy_helper.from_array(index.read(tensor), name)
+        _named(tensor, name)
         for name, tensor in index.stored.items()
         if name in read and index.producer.get(name) not in positions
     )
@@ -86,6 +87,14 @@ def part_model(
         _add_weights(graph, site)
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(fetch))
     return model
+
+
+def _named(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    """A copy of a stored tensor under a name; what lies in a file stays there, and may be larger than a message."""
+    found = onnx.TensorProto()
+    found.CopyFrom(tensor)
+    found.name = name
+    return found
 
 
 def outer_tensors(index: GraphIndex, region: Region) -> tuple[str, ...]:

@@ -203,10 +203,31 @@ class Program:
     """Where large tensors of what is written lie until it is saved; None: in the message itself."""
     written: onnx.ModelProto | None = None
     """What the rewrites come to, before it is measured."""
+    inner: dict[str, Program] = field(default_factory=dict)
+    """Bodies of If, Loop and Scan, compiled as models of their own, by where they are."""
+    per_sample: float = 1.0
+    """Of a body: samples of its own data for each of the model around it."""
 
     @property
     def original(self) -> onnx.ModelProto:
         return self.source.proto
+
+    @property
+    def kept(self) -> list[tuple[str, Rewrite]]:
+        """All rewrites, those in bodies too, by the names of their regions in the whole model."""
+        own = [(rewrite.region.name, rewrite) for rewrite in self.rewrites]
+        return own + [
+            (f"{where}/{name}", rewrite)
+            for where, inner in self.inner.items()
+            for name, rewrite in inner.kept
+        ]
+
+    def give_up(self, reason: str) -> None:
+        """Undo everything, in bodies too."""
+        self.banned |= dict.fromkeys((rewrite.region.name for rewrite in self.rewrites), reason)
+        self.rewrites = []
+        for inner in self.inner.values():
+            inner.give_up(reason)
 
     def affine(self, site: Site) -> Affine:
         """Canonical weights of a site, read anew each time so that at most a few matrices are in memory."""

@@ -8,8 +8,7 @@ import json
 import math
 import os
 import re
-import secrets
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +20,13 @@ import numpy as np
 import onnx
 from scipy.stats import mannwhitneyu
 
-from onnx_decomp import model_io, saving
+from onnx_decomp import model_io, saving, scratch
 from onnx_decomp.axes import Region
 from onnx_decomp.errors import InputError
 from onnx_decomp.init_stats import InitStats
 from onnx_decomp.passes.folding import site_flops, site_labels, site_rank
 from onnx_decomp.program import DROPPED, Decision, Program, Rewrite, Segment, Structure
-from onnx_decomp.sites import Site
+from onnx_decomp.sites import IN_BODY, Site
 
 if TYPE_CHECKING:  # both start ONNX Runtime, which reading a report does not need
     from onnx_decomp.latency import Latency
@@ -50,18 +49,19 @@ REASONS: Mapping[str, str] = {
     "empty-weight": "the weight has no entries",
     "estimated-null": "the initialization is only guessed from the weights; give --init or --init-preset",
     "excluded": "left out by --include or --exclude",
-    "function": "it lies in a function of the model, which is left as it is",
+    "function": "it lies in a function of other operator sets than the model has, or one called too often or too deep",
     "fused-attention": "the weight is inside of a fused attention; compile the model as it was before that fusion",
     "fused-operator": "the product is fused with what follows it; compile the model as it was before that fusion",
     "independent-parts": "moving inputs shows parts that have nothing to do with each other",
     "influence-everywhere": "every part of the outputs needs every part of the inputs",
     "latency": "it was decomposed, measured, found not faster, and undone",
-    "nested-graph": "it lies in the body of an If, Loop or Scan, which is left as it is",
+    "nested-graph": "it lies in the body of an If, Loop or Scan, which is compiled only if it can be run by itself",
     "no-calibration": "there is no calibration data to compensate and verify on; --calib gives it",
     "no-redundancy": "every hidden unit is needed at this tolerance",
     "no-structure": "training connected all of it: no independent blocks were found",
     "not-better-than-shuffled": "blocks as good as these are found in shuffled weights too: they are chance",
     "not-faster": "the smaller form is predicted to be no faster than the dense one",
+    "not-run": "the body that it lies in does not run, or not on arrays of one shape, in every part of the data",
     "null-does-not-fit": "the weights don't follow the given initialization, so nothing is decided from it",
     "off-block-evidence": "training left significant weights between the blocks",
     "off-block-influence": "inputs that would be left out move the outputs by too much",
@@ -119,9 +119,9 @@ def build(program: Program, written: onnx.ModelProto | None, measured: Measured)
         "versions": versions(),
         "seed": program.options.seed,
         "seconds": round(measured.seconds, 3),
-        "kept": [rewrite.region.name for rewrite in program.rewrites],
+        "kept": [name for name, _ in program.kept],
         "history": measured.history,
-        "init": (program.init or InitStats({})).report(),
+        "init": _init(program),
         "data": {"kind": data.kind} | {part: data.samples(part) for part in PARTS},
         "sites": _sites(program),
         "verify": _verification(measured.verification),
@@ -144,10 +144,10 @@ def record_output(report: Report, out: Path) -> None:
 
 def verdict(program: Program, latency: Latency | None) -> str:
     """The one line that the command ends with."""
-    if not program.rewrites:
+    if not program.kept:
         return "nothing kept: OUT is IN byte for byte"
     dense, rewritten = matmul_flops(program)
-    line = f"kept {len(program.rewrites)} of {len(program.regions)} regions: "
+    line = f"kept {len(program.kept)} of {_regions(program)} regions: "
     line += f"{rewritten / dense:.2g} of the MatMul FLOPs, "
     if latency is None:
         line += "latency not measured"
@@ -168,11 +168,26 @@ def matmul_flops(program: Program) -> tuple[int, int]:
         for rewrite in program.rewrites
         for position, site in enumerate(rewrite.region.sites)
     }
-    dense = sum(site.flops * rows.get(site.index, 1) for site in program.sites)
-    rewritten = sum(
-        2 * computed.get(site.index, site.flops // 2) * rows.get(site.index, 1) for site in program.sites
-    )
+    own = [site for site in program.sites if body_of(program, site) is None]
+    dense = sum(site.flops * rows.get(site.index, 1) for site in own)
+    rewritten = sum(2 * computed.get(site.index, site.flops // 2) * rows.get(site.index, 1) for site in own)
+    for inner in program.inner.values():
+        before, after = matmul_flops(inner)
+        dense, rewritten = (
+            dense + round(inner.per_sample * before),
+            rewritten + round(inner.per_sample * after),
+        )
     return dense, rewritten
+
+
+def body_of(program: Program, site: Site) -> str | None:
+    """The body, compiled as a model of its own, that a site of a program was found in; None for others."""
+    bodies = (where for where in program.inner if f"{site.graph}/".startswith(f"{where}/"))
+    return max(bodies, key=len, default=None)
+
+
+def _regions(program: Program) -> int:
+    return len(program.regions) + sum(_regions(inner) for inner in program.inner.values())
 
 
 def multiplications(rewrite: Rewrite, position: int) -> int:
@@ -227,7 +242,7 @@ def reading(path: Path) -> Iterator[None]:
 
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all: beside its place first, then renamed. Raises InputError if that fails."""
-    temporary = path.with_name(f".onnx-decomp-{secrets.token_hex(8)}.tmp")
+    temporary = scratch.beside(path)
     try:
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:
             file.write(text)
@@ -255,6 +270,39 @@ def _size(model: onnx.ModelProto, flops: int) -> Report:
 
 
 def _sites(program: Program) -> list[Report]:
+    """One entry for each site, those of a body where the body is first met."""
+    own = dict(zip((site.index for site in program.sites), _own_sites(program), strict=True))
+    entries: list[Report] = []
+    seen = set[str]()
+    for site in program.sites:
+        where = body_of(program, site)
+        if where is None:
+            entries.append(own[site.index])
+        elif where not in seen:
+            seen.add(where)
+            entries += _inner_sites(program, where, own)
+    return entries
+
+
+def _inner_sites(program: Program, where: str, own: Mapping[int, Report]) -> list[Report]:
+    """Sites of a body as it was compiled; those that it does not know as products with a constant stay as listed."""
+    entries = _sites(program.inner[where])
+    for entry in entries:
+        entry["graph"] = where if entry["graph"] == "main" else f"{where}/{entry['graph']}"
+        entry["region"] = entry["region"] and f"{where}/{entry['region']}"
+    known = Counter((entry["graph"], entry["op"], entry["shape"]) for entry in entries)
+    for site in program.sites:
+        product = site.graph, site.op, site.shape
+        if body_of(program, site) != where:
+            continue
+        if known[product]:
+            known[product] -= 1
+        else:
+            entries.append(own[site.index])
+    return entries
+
+
+def _own_sites(program: Program) -> list[Report]:
     place = {
         site.index: (region, position)
         for region in program.regions
@@ -292,6 +340,20 @@ def _sites(program: Program) -> list[Report]:
             }
         )
     return entries
+
+
+def _init(program: Program) -> Report:
+    """What of the user's statistics was used, in bodies too: what is left over is what none of them took."""
+    found = (program.init or InitStats({})).report()
+    for inner in program.inner.values():
+        more = _init(inner)
+        found["matched"] += more["matched"]
+        found["ambiguous"] += more["ambiguous"]
+        found["unmatched"]["sites"] += more["unmatched"]["sites"]
+        taken = {match["entry"] for match in more["matched"]}
+        spare = found["unmatched"]["entries"]
+        found["unmatched"]["entries"] = [entry for entry in spare if entry not in taken]
+    return found
 
 
 def _measured_change(verification: Verification | None) -> float | None:
@@ -387,6 +449,8 @@ def _reason(
     program: Program, site: Site, region: str | None, rewrite: Rewrite | None, said: Sequence[Decision]
 ) -> str | None:
     """Why it is as it is. What a gate undid tells more than the later pass that found it banned."""
+    if site.obstacle == IN_BODY and said:
+        return said[-1].reason  # why the body could not be looked at by itself
     if site.obstacle is not None:
         return site.obstacle
     if rewrite is not None:

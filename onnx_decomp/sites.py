@@ -21,13 +21,17 @@ import onnx
 from numpy.typing import NDArray
 
 from onnx_decomp.errors import InputError
+from onnx_decomp.functions import MAX_DEPTH, functions_of
 from onnx_decomp.graph import DEFAULT, FLOATS, Constants, Source, attribute, bodies, is_standard
 from onnx_decomp.graph_index import GraphIndex
 from onnx_decomp.model_io import opset
 from onnx_decomp.normal_form import bias_of, is_pointwise, matrix
 from onnx_decomp.scratch import kept
 
-__all__ = ["Affine", "GraphIndex", "Site", "find_sites", "read_affine"]
+__all__ = ["IN_BODY", "Affine", "GraphIndex", "Site", "find_sites", "path_of", "read_affine"]
+
+IN_BODY = "nested-graph"
+"""Reason code of products in bodies, which are looked at by themselves."""
 
 OLDEST_OPSET = 7
 """Of the models whose products can be rewritten."""
@@ -119,7 +123,8 @@ def find_sites(index: GraphIndex) -> list[Site]:
     for position, node in enumerate(index.nodes):
         site = _read_site(index, position, node)
         if site is None:
-            site = _listed(node, index.constants, "weight-on-the-left", nodes=(position,))
+            where = _graph(index, position)
+            site = _listed(node, index.constants, "weight-on-the-left", where, nodes=(position,))
         found = [*([] if site is None else [site]), *inner.sites(node, index.constants)]
         sites += [replace(each, index=len(sites) + number) for number, each in enumerate(found)]
     return _mark_shared(index, sites)
@@ -145,7 +150,7 @@ def _read_site(index: GraphIndex, position: int, node: onnx.NodeProto) -> Site |
         weight=source.name,
         shape=shape,
         dtype=source.dtype,
-        graph="main",
+        graph=_graph(index, position),
         input=node.input[0],
         output=output,
         nodes=nodes,
@@ -160,6 +165,17 @@ def _read_site(index: GraphIndex, position: int, node: onnx.NodeProto) -> Site |
         moved=_moved(index, position, shape),
         obstacle=_obstacle(source, shape, rank) or _outdated(index),
     )
+
+
+def _graph(index: GraphIndex, position: int) -> str:
+    """Where reports say that a node is."""
+    calls = index.calls(position)
+    return f"function:{calls[-1].name or calls[-1].op_type}" if calls else "main"
+
+
+def path_of(node: onnx.NodeProto, attribute: str) -> str:
+    """Where reports say that the body is that a node holds in an attribute."""
+    return f"{node.op_type.lower()}:{node.name or node.output[0]}/{attribute.removesuffix('_branch')}"
 
 
 def _moved(index: GraphIndex, position: int, shape: tuple[int, int]) -> int:
@@ -338,42 +354,41 @@ def _listed_shape(node: onnx.NodeProto, source: Source, at: int) -> tuple[int, i
     return sides if sides is None or not turned else (sides[1], sides[0])
 
 
-MAX_LISTED, MAX_DEPTH = 100_000, 16
-"""Nodes of nested graphs and functions that are looked at, and calls in calls: hostile files have any number."""
+MAX_LISTED = 100_000
+"""Nodes of nested graphs and functions that are looked at: hostile files have any number."""
 
 
 @dataclass
 class _Inner:
-    """Finds products in bodies of If, Loop and Scan, and in functions: listed with the reason that they stay."""
+    """Finds products in bodies of If, Loop and Scan, and in functions that stay: listed with the reason."""
 
     index: GraphIndex
     budget: int = MAX_LISTED
     functions: dict[tuple[str, str, str], onnx.FunctionProto] = field(init=False)
 
     def __post_init__(self) -> None:
-        found = self.index.proto.functions
-        self.functions = {(f.domain, f.name, f.overload): f for f in found}
+        self.functions = functions_of(self.index.proto)
 
     def sites(
         self,
         node: onnx.NodeProto,
         constants: Constants,
         path: str = "",
-        reason: str = "nested-graph",
+        reason: str | None = None,
         depth: int = 0,
     ) -> Iterator[Site]:
-        """Sites inside one node. constants: of the graph that it stands in. path: to that graph."""
+        """Sites inside one node. constants: of the graph around it. path: to that graph. reason: of all in it."""
         function = self.functions.get((node.domain, node.op_type, node.overload))
         for name, graph in bodies(node):
             stored = {tensor.name: Source.of(tensor.name, tensor) for tensor in graph.initializer}
             known = ChainMap(stored, cast(dict[str, Source], constants.sources))
-            where = f"{path}{node.op_type.lower()}:{node.name}/{name}"
-            yield from self._all(graph.node, known, where, reason, depth + 1)
+            where = f"{path}{path_of(node, name)}"
+            yield from self._all(graph.node, known, where, reason or IN_BODY, depth + 1)
         if function is not None:
             given = zip(function.input, node.input, strict=False)
             bound = {name: constants.sources[by] for name, by in given if by in constants.sources}
             where = f"{path}function:{node.name}"
-            yield from self._all(function.node, bound, where, "function", depth + 1)
+            yield from self._all(function.node, bound, where, reason or "function", depth + 1)
 
     def _all(
         self,

@@ -83,7 +83,9 @@ def moved_columns(judge: Judge, calibrator: Calibrator, site: Site, program: Pro
     probe = program.probe
     assert probe is not None
     samples = max(-(-ROWS // program.rows_per_sample[site.index]), 2)
-    feeds = {name: array[:samples] for name, array in next(program.data.batches("fit", BATCH)).items()}
+    feeds = next(program.data.batches("fit", BATCH))
+    if program.data.fixed is None:
+        feeds = {name: array[:samples] for name, array in feeds.items()}
     original = {
         n: a for n, a in probe.run(feeds, {}).items() if isinstance(a, np.ndarray) and a.dtype.kind == "f"
     }

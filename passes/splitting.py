@@ -7,7 +7,7 @@ byte for byte: a round trip of the whole model through onnx-graphsurgeon would n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnx_decomp.axes import Carrier
+from onnx_decomp.functions import FunctionKey, called, functions_of
 from onnx_decomp.graph import all_names, constant_tensor, mentions
 from onnx_decomp.graph_index import INITIALIZERS_APART, GraphIndex
 from onnx_decomp.passes.folding import Layout, Orders, along, joined_orders
@@ -41,6 +42,7 @@ def emit(
     graph = model.graph
     orders = joined_orders(rewrites)
     taken = all_names(graph).union(*(node.output for node in index.nodes), (n.name for n in index.nodes))
+    taken |= index.around.reserved
     fragments: dict[int, list[onnx.NodeProto]] = {}
     removed: set[int] = set()
     new_tensors: list[onnx.TensorProto] = []
@@ -53,10 +55,13 @@ def emit(
         fragments |= {position: nodes[first:last] for position, (first, last) in spans.items()}
         removed.update(region.nodes)
         new_tensors += tensors if aside is None else map(aside.taken, tensors)
+    changes = _changes(rewrites, orders)
     del graph.node[:]
-    graph.node.extend(_patched(index, removed, fragments))
-    _prune(model, [index.node(position) for position in sorted(removed)])
-    _reorder(index, graph, rewrites, orders, aside)
+    graph.node.extend(_patched(index, removed, fragments, changes.keys()))
+    graph.initializer.extend(index.held(graph.node))
+    prune(model, [index.node(position) for position in sorted(removed)])
+    drop_uncalled(model, called(index.proto.graph.node, functions_of(model)))
+    _reorder(index, graph, changes, aside)
     graph.initializer.extend(new_tensors)
     if model.ir_version < INITIALIZERS_APART:
         graph.input.extend(
@@ -67,59 +72,89 @@ def emit(
 
 
 def _patched(
-    index: GraphIndex, removed: set[int], fragments: Mapping[int, Sequence[onnx.NodeProto]]
+    index: GraphIndex,
+    removed: set[int],
+    fragments: Mapping[int, Sequence[onnx.NodeProto]],
+    changed: Set[str],
 ) -> Iterator[onnx.NodeProto]:
     """The model's own nodes, with fragments in place of the removed ones.
 
-    A node that stands for several in normal form is written as those where one of them is removed.
+    A node that stands for several in normal form is written as those where one of them is removed. A call of a function
+    is written out where something in it is removed, or where a constant of the function is changed.
     """
     opened = {index.origins[position] for position in removed}
-    written = -1
+    within = index.operators.within
+    held = changed & index.operators.constants.keys()
+    touched = {
+        at
+        for at, node in enumerate(index.operators.nodes)
+        if within[at] and (not held.isdisjoint(mentions([node])) or not changed.isdisjoint(node.output))
+    }
+    written_out = {call for origin in opened | touched for call in within[origin]}
+    origin_before, call_before = -1, -1
     for position, node in enumerate(index.nodes):
         origin = index.origins[position]
-        if origin not in opened:
-            if origin != written:
+        call = next((call for call in within[origin] if call not in written_out), None)
+        if call is not None:
+            if call != call_before:
+                yield index.operators.calls[call]
+            call_before = call
+        elif origin not in opened:
+            if origin != origin_before:
                 yield index.original(position)
         elif position not in removed:
             yield node
         yield from fragments.get(position, [])
-        written = origin
+        origin_before = origin
 
 
-def _reorder(
-    index: GraphIndex,
-    graph: onnx.GraphProto,
-    rewrites: Sequence[Rewrite],
-    orders: Orders,
-    aside: Aside | None,
-) -> None:
-    """Store every constant that carries a reordered group in its new order."""
+def drop_uncalled(model: onnx.ModelProto, before: Set[FunctionKey]) -> None:
+    """Take out functions that are no longer called: their weights would be there for nothing. before: that were."""
+    functions = functions_of(model)
+    gone = before - called(model.graph.node, functions)
+    if gone and not model.training_info:  # where they may be called, too
+        for key in gone:
+            model.functions.remove(functions[key])
+
+
+Changes = Mapping[str, Sequence[tuple[Carrier, NDArray[np.intp]]]]
+"""By stored tensor the axes that get a new order."""
+
+
+def _changes(rewrites: Sequence[Rewrite], orders: Orders) -> Changes:
+    """Every constant that carries a reordered group."""
     groups = {number: group for rewrite in rewrites for number, group in rewrite.region.groups.items()}
     changes: dict[str, list[tuple[Carrier, NDArray[np.intp]]]] = {}
     for number, order in orders.items():
         if not np.array_equal(order, np.arange(len(order))):
             for carrier in groups[number].stored:
                 changes.setdefault(carrier.tensor, []).append((carrier, order))
+    return changes
 
-    def reordered(name: str) -> onnx.TensorProto:
+
+def _reorder(index: GraphIndex, graph: onnx.GraphProto, changes: Changes, aside: Aside | None) -> None:
+    """Store every constant that carries a reordered group in its new order."""
+
+    def reordered(name: str, called: str) -> onnx.TensorProto:
         array = index.read(index.stored[name])
         for carrier, order in changes[name]:
             array = np.take(array, along(carrier.units, order), axis=carrier.axis)
-        stored = onnx.numpy_helper.from_array(np.ascontiguousarray(array), index.stored[name].name)
+        stored = onnx.numpy_helper.from_array(np.ascontiguousarray(array), called)
         return stored if aside is None else aside.taken(stored)
 
     for tensor in graph.initializer:
         if tensor.name in changes:
-            tensor.CopyFrom(reordered(tensor.name))
+            tensor.CopyFrom(reordered(tensor.name, tensor.name))
     for node in graph.node:
         if constant_tensor(node) is not None and node.output[0] in changes:
             # It may hold a plain list, which has no place for a tensor.
-            value = onnx.helper.make_attribute("value", reordered(node.output[0]))
+            tensor = reordered(node.output[0], index.stored[node.output[0]].name)
+            value = onnx.helper.make_attribute("value", tensor)
             del node.attribute[:]
             node.attribute.append(value)
 
 
-def _prune(model: onnx.ModelProto, removed: Sequence[onnx.NodeProto]) -> None:
+def prune(model: onnx.ModelProto, removed: Sequence[onnx.NodeProto]) -> None:
     """Take out what only the removed nodes read: their weights, and the operators that led to them.
 
     What nothing read before stays: that is not this compiler's business. Nor do defaults go that callers may override;

@@ -235,8 +235,8 @@ def test_what_is_left_says_why(tricky: Job, tmp_path: Path) -> None:
     assert reasons == {
         ("layers.0/MatMul", "main"): "applied",
         ("layers.1/MatMul", "main"): "applied",
-        ("inner", "if:if/then"): "nested-graph",
-        ("inner", "if:if/else"): "nested-graph",
+        ("inner", "if:if/then"): "not-better-than-shuffled",
+        ("inner", "if:if/else"): "not-better-than-shuffled",
         ("shared/first", "main"): "not-better-than-shuffled",
         ("shared/second", "main"): "not-better-than-shuffled",
         ("head/Gemm", "main"): "not-better-than-shuffled",
