@@ -4,11 +4,13 @@
 
 Every layer consists of independent blocks: weights between blocks are exactly zero, those within are twice as large as
 torch.nn.Linear draws them. The residual stream holds the blocks side by side, hidden units are in a random order.
-Weights lie in several files of a folder beside the model, and so does a table that nothing reads.
+Weights lie in several files of a folder beside the model, and so does a table that nothing reads; or, where there are
+words, a row of it is added to x for each sample: the model then stays large whatever becomes of its layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.intp]
+
+SLAB = 2**13
+"""Rows of a table that are made at once."""
 
 GAIN = 2.0
 """Weights within blocks over what torch.nn.Linear draws."""
@@ -35,6 +40,8 @@ class Large:
     file_bytes: int = 2**30
     """Weights in one external file, about."""
     seed: int = 0
+    words: int = 0
+    """Rows of the table that the input `words` looks up; 0: no such input."""
 
     @classmethod
     def of(cls, gigabytes: float, width: int = 4096, blocks: int = 8) -> Large:
@@ -55,18 +62,20 @@ class Files:
         self._number, self._end = -1, most
         (folder / "weights").mkdir(parents=True, exist_ok=True)
 
-    def add(self, name: str, array: Floats) -> TensorProto:
-        """Write an array, and give the tensor that refers to it."""
+    def add(self, name: str, slabs: Iterable[Floats]) -> TensorProto:
+        """Write a matrix, given as slabs of its rows, and give the tensor that refers to it."""
         if self._end >= self._most:
             self._number, self._end = self._number + 1, 0
-        location = f"weights/part_{self._number:03d}.bin"
-        with (self._folder / location).open("ab" if self._end else "wb") as file:
-            array.tofile(file)
-        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
+        location, start, rows, columns = f"weights/part_{self._number:03d}.bin", self._end, 0, 0
+        with (self._folder / location).open("ab" if start else "wb") as file:
+            for slab in slabs:
+                slab.tofile(file)
+                self._end += slab.nbytes
+                rows, columns = rows + len(slab), slab.shape[1]
+        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=(rows, columns))
         tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", location), ("offset", self._end), ("length", array.nbytes)):
+        for key, value in (("location", location), ("offset", start), ("length", self._end - start)):
             tensor.external_data.add(key=key, value=str(value))
-        self._end += array.nbytes
         return tensor
 
 
@@ -74,9 +83,8 @@ def write(spec: Large, folder: Path) -> Path:
     """Write the model of a spec as `model.onnx` in a folder; the same spec always gives the same bytes."""
     rng = np.random.default_rng(spec.seed)
     files = Files(folder, spec.file_bytes)
-    nodes: list[onnx.NodeProto] = []
-    stored = [files.add("table", rng.standard_normal((spec.width, spec.width // 8), np.float32))]
-    stream = "x"
+    nodes, stream = ([], "x") if spec.words == 0 else (_lookup(), "looked up")
+    stored = [files.add("table", _table(spec, rng))]
     for number in range(spec.layers):
         made = "y" if number == spec.layers - 1 else f"layers.{number}.out"
         nodes += _nodes(f"layers.{number}", stream, made)
@@ -84,7 +92,10 @@ def write(spec: Large, folder: Path) -> Path:
         stream = made
     shape = ["batch", spec.width]
     inputs, outputs = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy")
-    graph = helper.make_graph(nodes, "large", [inputs], [outputs], stored)
+    fed = [inputs]
+    if spec.words:
+        fed.append(helper.make_tensor_value_info("words", TensorProto.INT64, ["batch"]))
+    graph = helper.make_graph(nodes, "large", fed, [outputs], stored)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     path = folder / "model.onnx"
     onnx.save(model, path)
@@ -92,8 +103,25 @@ def write(spec: Large, folder: Path) -> Path:
 
 
 def calibration(spec: Large, samples: int) -> dict[str, NDArray[Any]]:
-    """Standard normal inputs by name."""
-    return {"x": np.random.default_rng(spec.seed + 1).standard_normal((samples, spec.width), np.float32)}
+    """Standard normal inputs by name, and any words."""
+    rng = np.random.default_rng(spec.seed + 1)
+    found: dict[str, NDArray[Any]] = {"x": rng.standard_normal((samples, spec.width), np.float32)}
+    return found | ({"words": rng.integers(0, spec.words, samples)} if spec.words else {})
+
+
+def _lookup() -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("Gather", ["table", "words"], ["rows"], "lookup/0_Gather"),
+        helper.make_node("Add", ["x", "rows"], ["looked up"], "lookup/1_Add"),
+    ]
+
+
+def _table(spec: Large, rng: np.random.Generator) -> Iterator[Floats]:
+    """The table in slabs."""
+    if spec.words == 0:
+        yield rng.standard_normal((spec.width, spec.width // 8), np.float32)
+    for start in range(0, spec.words, SLAB):
+        yield rng.standard_normal((min(SLAB, spec.words - start), spec.width), np.float32)
 
 
 def _nodes(name: str, stream: str, made: str) -> list[onnx.NodeProto]:
@@ -124,7 +152,7 @@ def _tensors(spec: Large, name: str, rng: np.random.Generator, files: Files) -> 
     small = [numpy_helper.from_array(array, f"{name}.{key}") for key, array in vectors.items()]
     up = _blocked(spec, rng, spec.labels, hidden)
     down = _blocked(spec, rng, hidden, spec.labels)
-    return [*small, files.add(f"{name}.up.weight", up), files.add(f"{name}.down.weight", down)]
+    return [*small, files.add(f"{name}.up.weight", [up]), files.add(f"{name}.down.weight", [down])]
 
 
 def _blocked(spec: Large, rng: np.random.Generator, rows: Labels, columns: Labels) -> Floats:

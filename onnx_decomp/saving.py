@@ -2,6 +2,7 @@
 
 External files that the model still needs are copied byte for byte, offsets and checksums as they are. What would make a
 file of dead weights, or more than a message can hold, goes to a data file of OUT's own. The input's are never touched.
+A run that is killed while it writes leaves temporary files beside OUT, which the next one there removes.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import filecmp
 import hashlib
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 import onnx
 
+from onnx_decomp import scratch
 from onnx_decomp.errors import InputError, UsageError
 from onnx_decomp.model_io import (
     ModelFile,
@@ -30,7 +31,7 @@ from onnx_decomp.model_io import (
     tensors,
 )
 
-LARGE = 2**20
+LARGE = 2**16
 """Bytes from which a tensor may lie beside the model; shapes and axes stay in it, where shape inference sees them."""
 
 MAX_EMBEDDED = 3 * 2**29
@@ -264,10 +265,18 @@ def _set(tensor: onnx.TensorProto, values: dict[str, str]) -> None:
 
 
 class _Stage(dict[Path, Path]):
-    """Final path -> temporary path beside it. Called with a final path, it makes the temporary one."""
+    """Final path -> temporary path beside it. Called with a final path, it makes the temporary file, still empty."""
+
+    def __init__(self, claims: ExitStack) -> None:
+        super().__init__()
+        self._claims = claims
 
     def __call__(self, final: Path) -> Path:
-        self[final] = final.with_name(f".onnx-decomp-{secrets.token_hex(8)}.tmp")
+        if all(other.parent != final.parent for other in self):
+            scratch.remove_abandoned(final.parent, scratch.BESIDE)
+        self[final] = scratch.beside(final)
+        self[final].open("xb").close()
+        self._claims.enter_context(scratch.claimed(self[final]))
         return self[final]
 
 
@@ -280,24 +289,25 @@ def _staging(source: ModelFile, out: Path, external: tuple[str, ...]) -> Iterato
     check_output(source.path, out)
     if any(_same(source.folder / name, out) for name in source.external):
         raise UsageError(f"{out}: the output is a data file of the input: choose another output")
-    stage = _Stage()
-    try:
-        for name in external:
-            _stage_data(source.folder / name, out.parent / name, stage)
-        if out in stage:
-            raise UsageError(f"{out}: the model's own data file is called that: choose another output")
-        yield stage
-        for temporary in stage.values():
-            _sync(temporary)
-        for final, temporary in stage.items():
-            os.replace(temporary, final)
-        for folder in {final.parent for final in stage}:
-            _sync(folder)
-    except OSError as error:
-        raise InputError(f"{out}: can't be written: {reason(error)}; nothing was written") from error
-    finally:
-        for temporary in stage.values():
-            temporary.unlink(missing_ok=True)
+    with ExitStack() as claims:
+        stage = _Stage(claims)
+        try:
+            for name in external:
+                _stage_data(source.folder / name, out.parent / name, stage)
+            if out in stage:
+                raise UsageError(f"{out}: the model's own data file is called that: choose another output")
+            yield stage
+            for temporary in stage.values():
+                _sync(temporary)
+            for final, temporary in stage.items():
+                os.replace(temporary, final)
+            for folder in {final.parent for final in stage}:
+                _sync(folder)
+        except OSError as error:
+            raise InputError(f"{out}: can't be written: {reason(error)}; nothing was written") from error
+        finally:
+            for temporary in stage.values():
+                temporary.unlink(missing_ok=True)
 
 
 def _stage_data(data: Path, final: Path, stage: _Stage) -> None:

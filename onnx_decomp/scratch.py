@@ -1,16 +1,23 @@
-"""Large arrays that would be needed again lie in temporary files, mapped read-only, and not in anonymous memory.
+"""Temporary files: of large arrays, and of what is written before it takes its place.
 
 What holds an array for every site of a model would otherwise hold the model, several times over. Pages of a mapped file
-can be dropped at any time and read again; they go with the last array that uses them.
+can be dropped at any time and read again. The file has no name, so that it goes with the last array that uses it,
+however the process ends.
+
+What needs a name is locked by the process that made it. A process that is killed leaves it behind, without the lock:
+the next one that works there removes it.
 """
 
 from __future__ import annotations
 
-import atexit
+import mmap
 import os
+import secrets
 import shutil
 import tempfile
-import weakref
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +27,20 @@ from numpy.typing import NDArray
 
 from onnx_decomp.errors import InputError
 
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has no such locks, there nothing is found to be left behind; and no such limits
+    fcntl = resource = None  # type: ignore[assignment]
+
 LARGE = 4 * 2**20
 """Bytes from which an array goes to a file."""
+
+FOLDER, BESIDE = "onnx-decomp.", ".onnx-decomp."
+"""What names of temporary folders, and of files beside an output, begin with."""
+
+YOUNG = 60.0
+"""Seconds for which a new file is left alone: it may be about to be locked."""
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
@@ -33,41 +52,90 @@ def kept(array: NDArray[Scalar], least: int = LARGE) -> NDArray[Scalar]:
     """
     if array.nbytes < least or array.dtype.hasobject or mapped(array):
         return array
+    _allow_many()
     try:
-        handle, path = tempfile.mkstemp(dir=_folder())
-        with os.fdopen(handle, "wb") as file:
+        with tempfile.TemporaryFile() as file:
             np.ascontiguousarray(array).tofile(file)
-        held = np.memmap(path, array.dtype, "r", shape=array.shape)
+            held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         reason = f"{error.strerror or error}: free some space, or set TMPDIR"
         raise InputError(f"{tempfile.gettempdir()}: no temporary file can be written: {reason}") from error
-    weakref.finalize(held, _remove, Path(path), os.getpid())
-    return held.view(np.ndarray)
+    return np.ndarray(array.shape, array.dtype, held)
+
+
+@cache
+def _allow_many() -> None:
+    """Every mapped file counts as an open one, and most systems allow a process only some hundreds unless it asks."""
+    if resource is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with suppress(ValueError, OSError):  # some systems have a lower limit than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def mapped(array: NDArray[Any]) -> bool:
     """Whether an array is, or is a view of, a mapped file."""
     base: Any = array
     while isinstance(base, np.ndarray):
-        if isinstance(base, np.memmap):
-            return True
         base = base.base
-    return False
+    return isinstance(base, mmap.mmap)
 
 
-@cache
-def _folder() -> Path:
-    """Where temporary files go (TMPDIR); removed when the process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="onnx-decomp-"))
-    atexit.register(_remove, folder, os.getpid())
-    return folder
+@contextmanager
+def folder() -> Iterator[Path]:
+    """A temporary folder (in TMPDIR), removed after the block with all that it holds."""
+    remove_abandoned(Path(tempfile.gettempdir()), FOLDER)
+    with (
+        tempfile.TemporaryDirectory(prefix=FOLDER, ignore_cleanup_errors=True) as made,
+        claimed(Path(made)),
+    ):
+        yield Path(made)
 
 
-def _remove(path: Path, owner: int) -> None:
-    """Not from a process that was forked off: what it lets go of, its parent may still hold."""
-    if os.getpid() != owner:
+def beside(final: Path) -> Path:
+    """A name for a file that is to be renamed to `final` once it is whole."""
+    return final.with_name(f"{BESIDE}{secrets.token_hex(8)}.tmp")
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """In the block, the file or folder is not abandoned. The claim ends with the process, however that ends."""
+    handle = _locked(path)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove files and folders of such names that processes of this user made, were killed, and left behind."""
+    if fcntl is None:
         return
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    for path in parent.glob(f"{prefix}*"):
+        with suppress(OSError):  # others may be at it, too
+            found = path.lstat()
+            if found.st_uid != os.getuid() or time.time() - found.st_mtime < YOUNG:
+                continue
+            handle = _locked(path)
+            if handle is None:
+                continue
+            try:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            finally:
+                os.close(handle)
+
+
+def _locked(path: Path) -> int | None:
+    """A lock on a file or folder, by what it is opened as; None where another process has it, or there are none."""
+    if fcntl is None:
+        return None
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle

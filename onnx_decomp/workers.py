@@ -6,7 +6,7 @@ comes out has the same bytes however the work was spread.
 
 from __future__ import annotations
 
-from collections import deque
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -36,8 +36,8 @@ def spread(
 ) -> Iterator[Made]:
     """function(*arguments(item)) for each item, in their order, few at a time.
 
-    jobs: processes. scheduler: address of a Dask cluster that does it instead. Large arrays among the arguments are
-    best mapped from files (`scratch.kept`): processes then share them. A worker that dies costs what it was at.
+    jobs: processes; they map large arrays among the arguments from files. scheduler: address of a Dask cluster that
+    does it instead. A worker that dies costs what it was at.
     Raises UsageError where the cluster can't be reached, and whatever `function` raises.
     """
     done = 0
@@ -66,22 +66,16 @@ def _spread(
     jobs: int,
     scheduler: str | None,
 ) -> Iterator[Made]:
-    held: deque[tuple[Any, ...]] = deque()  # files of mapped arguments stay until the result is there
-
-    def tasks() -> Iterator[Any]:
-        for item in items:
-            held.append(arguments(item))
-            yield joblib.delayed(_alone)(function, held[-1])
-
+    tasks = (joblib.delayed(_alone)(function, arguments(item)) for item in items)
     with ExitStack() as stack:
         where: Mapping[str, Any] = {"backend": "loky", "n_jobs": jobs}
         if scheduler is not None:
             client = stack.enter_context(_connect(scheduler))
             where = {"backend": "dask", "client": client, "n_jobs": -1}
         stack.enter_context(joblib.parallel_config(**where))
-        for made in joblib.Parallel(return_as="generator", max_nbytes=None, batch_size=1)(tasks()):
-            held.popleft()
-            yield made
+        # Files that are mapped: without a folder joblib would take one in memory.
+        parallel = joblib.Parallel(return_as="generator", batch_size=1, temp_folder=tempfile.gettempdir())
+        yield from parallel(tasks)
 
 
 def _alone(function: Callable[..., Made], arguments: tuple[Any, ...]) -> Made:

@@ -14,9 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from onnx_decomp import compiler, model_io, saving
+from models.large import Large, calibration
+from models.large import write as write_large
+from onnx_decomp import compiler, model_io, saving, scratch
 from onnx_decomp.cli import main
 from onnx_decomp.passes.annealing import Annealing
 from onnx_decomp.passes.splitting import Splitting
@@ -182,6 +185,75 @@ def test_a_signal_at_any_time(seconds: float, place: Workplace) -> None:
     assert contents(place.folder) == before
     if "onnx-decomp" in said:  # else the signal came while Python itself was starting
         assert process.returncode == INTERRUPTED
+
+
+# Killed, which no process can hear
+
+PAUSING = """
+import sys, time
+from onnx_decomp import cli, saving, scratch
+from onnx_decomp.passes.splitting import Splitting
+saving.LARGE = 1000
+scratch.kept.__defaults__ = (1,)
+def pause(*_):
+    print("there", flush=True)
+    time.sleep(60)
+{place} = pause
+sys.exit(cli.main())
+"""
+
+
+def make_older(*folders: Path) -> None:
+    """What has just been made may be about to be locked, and nobody else touches it."""
+    for folder in folders:
+        for path in folder.rglob("*"):
+            os.utime(path, (0, 0))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+@pytest.mark.parametrize("place", ["Splitting.run", "saving._sync"])
+def test_killed(place: str, tmp_path: Path) -> None:
+    """While arrays lie in files, and right before OUT would appear. The next run finds what is left, and removes it."""
+    spec = Large(layers=2, width=64, blocks=4)
+    model, out, temporary = write_large(spec, tmp_path / "in"), tmp_path / "out", tmp_path / "temporary"
+    np.savez(tmp_path / "calib.npz", **calibration(spec, 100))  # type: ignore[arg-type]
+    out.mkdir()
+    temporary.mkdir()
+    (out / "m.onnx").write_bytes(b"older")
+    line = [str(model), str(out / "m.onnx"), "--calib", str(tmp_path / "calib.npz"), "--init-preset"]
+    line += ["torch-linear", "--provider", "cpu", "--objective", "flops", "--no-latency-gate", "-q"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(temporary)}
+    command = [sys.executable, "-c", PAUSING.format(place=place), *line]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        make_older(temporary, out)
+        before = contents(out), contents(temporary)
+        subprocess.run([sys.executable, "-c", OTHER, *map(str, (temporary, out))], check=True)
+        assert (contents(out), contents(temporary)) == before  # it lives: another run leaves it alone
+        process.kill()
+    (left,) = (path for path in temporary.iterdir() if path.name != ".ses")  # ONNX Runtime's own
+    assert left.name.startswith(scratch.FOLDER)
+    assert {path.name for path in left.iterdir()} <= {"new.data"}
+    assert (out / "m.onnx").read_bytes() == b"older"
+    unfinished = [path.name for path in out.rglob("*") if path.name != "m.onnx"]
+    assert all(name.startswith(scratch.BESIDE) for name in unfinished)
+    assert bool(unfinished) == (place == "saving._sync")
+    make_older(temporary, out)
+    again = [sys.executable, "-c", "import sys; from onnx_decomp import cli; sys.exit(cli.main())", *line]
+    subprocess.run(again, check=True, env=environment)
+    assert {path.name for path in temporary.iterdir()} <= {".ses"}
+    assert not list(out.rglob(f"{scratch.BESIDE}*"))
+    assert model_io.load(out / "m.onnx").sha256 != model_io.load(model).sha256
+
+
+OTHER = """
+import sys
+from pathlib import Path
+from onnx_decomp import scratch
+scratch.remove_abandoned(Path(sys.argv[1]), scratch.FOLDER)
+scratch.remove_abandoned(Path(sys.argv[2]), scratch.BESIDE)
+"""
 
 
 # No room, no right
