@@ -56,17 +56,18 @@ OUTSIDE: dict[str, Section] = {
 
 @dataclass
 class Measured:
-    """All figures as plain values, and the tables that show them, as Markdown."""
+    """All figures as plain values, the tables that show them, as Markdown, and what must not be."""
 
     figures: dict[str, Any]
     shown: list[str]
+    wrong: list[str]
 
 
 def run(names: Sequence[str], quick: bool, console: Console) -> Measured:
     """Measure the named sections and show each as it is done."""
     where = machine()
     console.print(", ".join(f"{key}: {value}" for key, value in where.items()))
-    measured = Measured({"machine": where, "quick": quick, "sections": {}}, [])
+    measured = Measured({"machine": where, "quick": quick, "sections": {}}, [], [])
     for name in names:
         section = (SECTIONS | OUTSIDE)[name]
         console.rule(f"{name}: {section.title}")
@@ -76,6 +77,7 @@ def run(names: Sequence[str], quick: bool, console: Console) -> Measured:
             console.print(made)
             measured.shown.append(markdown(made))
         console.print(f"({name}: {time.monotonic() - begun:.0f} s, load now {machine()['load']})")
+        measured.wrong += section.wrong(rows) if section.wrong is not None else []
         measured.figures["sections"][name] = [asdict(row) for row in rows]
     return measured
 
@@ -90,13 +92,19 @@ def run(names: Sequence[str], quick: bool, console: Console) -> Measured:
     "--markdown", "page", type=click.Path(dir_okay=False, path_type=Path), help="Write the tables there."
 )
 def main(sections: tuple[str, ...], quick: bool, file: Path | None, page: Path | None) -> None:
-    """Measure the named SECTIONS, or all but those against the outside world: backend, shipped, runtimes."""
+    """Measure the named SECTIONS, or all but those against the outside world: backend, shipped, runtimes.
+
+    Exit 1 where what those find is not as it must be.
+    """
     console = Console(width=None if sys.stdout.isatty() else 160)
     measured = run(sections or list(SECTIONS), quick, console)
     if file is not None:
         file.write_text(json.dumps(measured.figures, indent=1) + "\n", encoding="utf-8")
     if page is not None:
         page.write_text("\n".join(measured.shown), encoding="utf-8")
+    for line in measured.wrong:
+        click.echo(line, err=True)
+    sys.exit(bool(measured.wrong))
 
 
 if __name__ == "__main__":

@@ -446,6 +446,14 @@ def _sorted(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (KINDS.index(row.kind), row.where, row.weights, row.name))
 
 
+def wrong(rows: Sequence[Row]) -> list[str]:
+    """One line for each case that is not as it must be."""
+    return [f"{row.name} {row.weights} {row.where}: {row.outcome} {row.why}" for row in rows if not row.fine]
+
+
 SECTION = Section(
-    "every case of the onnx package's backend tests, as it is and with planted weights", measure, tables
+    "every case of the onnx package's backend tests, as it is and with planted weights",
+    measure,
+    tables,
+    wrong,
 )

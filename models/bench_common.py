@@ -27,11 +27,15 @@ Model = onnx.ModelProto | Path
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the benchmark. `measure` gets True where it has to be quick; its rows are dataclasses."""
+    """One part of the benchmark. `measure` gets True where it has to be quick; its rows are dataclasses.
+
+    wrong: what of them must not be, a line each; None where there is nothing but figures.
+    """
 
     title: str
     measure: Callable[[bool], Sequence[Any]]
     tables: Callable[[Sequence[Any]], list[Table]]
+    wrong: Callable[[Sequence[Any]], list[str]] | None = None
 
 
 def machine() -> dict[str, Any]:
