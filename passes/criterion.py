@@ -57,6 +57,8 @@ MARGIN = 0.03
 """Practical margin of the fit. Learned entries move the central distance by up to 0.02, a wrong family by 0.06."""
 FAMILY = 1e-3
 """Log likelihood per entry by which a normal null may beat the one that was named."""
+NOTHING, SMALLEST = 1e-30, float(np.finfo(np.float32).tiny)
+"""Size of initial weights over that of the weights which is as good as zero; the least scale that float32 divides by."""
 FORGOTTEN = 0.75
 """Noise this large against W0 and no trace of W0: the snapshot says nothing about these weights."""
 
@@ -143,6 +145,8 @@ def fit_snapshot(W: Matrix, W0: Matrix, seed: int = 0) -> NullFit:
     origin, W = c W0 + N(0, σ²); the tighter one is the null unless most unchanged entries were exact.
     """
     w, w0 = _sample(W, seed).astype(np.float64), _sample(W0, seed).astype(np.float64)
+    if w0.std() <= NOTHING * w.std():
+        w0 = np.zeros_like(w0)
     size = float(w0.std()) or float(w.std()) or 1.0
     alive = w != 0
     share = 1 - float(alive.mean())
@@ -162,7 +166,7 @@ def fit_snapshot(W: Matrix, W0: Matrix, seed: int = 0) -> NullFit:
     forgotten = atom is None and share == 0 and lines.sigma[0] >= FORGOTTEN * size
     return NullFit(
         shrink=c,
-        scale=max(0.0 if exact else float(lines.sigma[0]), PRECISE * size, coarse),
+        scale=max(0.0 if exact else float(lines.sigma[0]), PRECISE * size, coarse, SMALLEST),
         fits=not forgotten or left_trace(w[alive], w0[alive]),
         exact=exact,
         tolerance=(low, max(TOLERANCES[1] * size, 4 * low)),

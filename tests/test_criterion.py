@@ -137,6 +137,9 @@ def test_estimated_evidence_finds_the_central_mode() -> None:
         (np.ones((8, 8), np.float32), np.zeros((8, 8), np.float32)),
         (np.ones((1, 3), np.float32), np.full((1, 3), 2, np.float32)),
         (np.eye(64, dtype=np.float32), np.zeros((64, 64), np.float32)),
+        (np.eye(64, dtype=np.float32), np.eye(64, dtype=np.float32)[::-1] * np.float32(1e-44)),
+        (np.eye(64, dtype=np.float32) * np.float32(1e-44), np.eye(64, dtype=np.float32)[::-1]),
+        (np.eye(64, dtype=np.float32) * np.float32(1e-44), np.eye(64, dtype=np.float32) * np.float32(1e-44)),
     ],
 )
 @pytest.mark.filterwarnings("error")
