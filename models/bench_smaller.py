@@ -1,7 +1,8 @@
-"""Feed-forward layers with fewer units, and as products of low rank: speed against the ideal, their FLOPs alone.
+"""Feed-forward layers with fewer units, as products of low rank, and as blocks with a correction of low rank beside
+them: speed against the ideal, their FLOPs alone.
 
-Weights are random and of the exact rank, so that what is written computes the same; what such sizes do to trained
-networks is another section's business (`frontier`).
+Weights are random and of the exact rank; what such sizes do to trained networks is another section's business
+(`frontier`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from rich.table import Table
 from models.bench_common import Section, compare, table, times
 from onnx_decomp.axes import Region, find_regions
 from onnx_decomp.cost import cpu
-from onnx_decomp.passes.folding import compose, decision_of, kept_flops
+from onnx_decomp.passes.folding import compose, decision_of, kept_flops, partition
 from onnx_decomp.passes.pricing import segment_time
+from onnx_decomp.passes.ridge import masked
 from onnx_decomp.passes.splitting import emit
-from onnx_decomp.program import Rewrite, Segment
+from onnx_decomp.program import Rewrite, Segment, Structure
 from onnx_decomp.sites import GraphIndex, find_sites, read_affine
 
 WIDTH, HIDDEN = 768, 3072
@@ -29,11 +31,13 @@ ROWS = (16, 128, 512)
 
 @dataclass(frozen=True)
 class Way:
-    """Units kept, and the rank of both layers; None: whole."""
+    """Units kept, and the rank of both layers (None: whole); blocks, and the rank of what is beside them."""
 
     name: str
     units: int
     rank: int | None
+    blocks: int = 1
+    correction: int = 0
 
 
 WAYS = (
@@ -42,6 +46,9 @@ WAYS = (
     Way("rank 1/2 of the FLOPs", HIDDEN, 304),
     Way("rank 1/4 of the FLOPs", HIDDEN, 152),
     Way("1/2 of the units x rank", 1536, 256),
+    Way("4 blocks + rank 64", HIDDEN, None, 4, 64),
+    Way("4 blocks + rank 152", HIDDEN, None, 4, 152),
+    Way("8 blocks + rank 96", HIDDEN, None, 8, 96),
 )
 
 
@@ -60,7 +67,7 @@ class Row:
 
 def measure(quick: bool) -> list[Row]:
     """A pair of layers, 768-3072-768, with a Relu between them."""
-    ways, rows, seconds = (WAYS[:1] + WAYS[2:3], (128,), 0.25) if quick else (WAYS, ROWS, 1.0)
+    ways, rows, seconds = (WAYS[:1] + WAYS[2:3] + WAYS[5:6], (128,), 0.25) if quick else (WAYS, ROWS, 1.0)
     return [row for way in ways for row in _measured(way, rows, seconds)]
 
 
@@ -69,27 +76,44 @@ def _measured(way: Way, rows: Sequence[int], seconds: float) -> Iterator[Row]:
     index = GraphIndex.build(original, numpy_helper.to_array)
     (region,) = find_regions(index, find_sites(index))
     dense, smaller = compose(region), _segments(region, way)
-    affine = tuple(read_affine(index, site) for site in region.sites)
-    rewrite = Rewrite(region, smaller, affine, decision_of(region, smaller), "applied")
+    affine = [read_affine(index, site) for site in region.sites]
+    corrections = {}
+    for at, (rows_of, columns_of) in enumerate(partition(region, smaller)):
+        if way.correction:
+            corrections[at] = affine[at].weight
+            affine[at] = masked(affine[at], rows_of, columns_of)
+    outcome = decision_of(region, smaller)
+    rewrite = Rewrite(region, smaller, tuple(affine), outcome, "applied", corrections=corrections)
     written = emit(index, [rewrite], 17)
     flops = [sum(kept_flops(region, segment) for segment in each) for each in (dense, smaller)]
     for count in rows:
         feeds = {"x": np.random.default_rng(count).standard_normal((count, WIDTH), np.float32)}
         timed = compare(original, written, feeds, 1, seconds)
-        before, after = (segment_time(cpu(), count, region, each[0], "dense") for each in (dense, smaller))
+        before, after = (
+            segment_time(cpu(), count, region, each[0], each[0].form) for each in (dense, smaller)
+        )
         yield Row(way.name, count, flops[0] / flops[1], timed.speedup, timed.interval, before / after)
 
 
 def _segments(region: Region, way: Way) -> tuple[Segment, ...]:
     (hidden,) = region.elastic
     keep = {hidden: np.arange(HIDDEN) < way.units}
-    ranks = {} if way.rank is None else dict.fromkeys(range(len(region.sites)), (way.rank,))
+    both = range(len(region.sites))
+    if way.blocks > 1:
+        labels = {
+            group: np.arange(found.size, dtype=np.int32) * way.blocks // found.size
+            for group, found in region.groups.items()
+        }
+        structure = Structure(tuple(both), labels, way.blocks, "exact", 0.0, 1.0)
+        (segment,) = compose(region, [structure])
+        return (replace(segment, form="chain", corrections=dict.fromkeys(both, way.correction)),)
+    ranks = {} if way.rank is None else dict.fromkeys(both, (way.rank,))
     return tuple(replace(segment, ranks=ranks) for segment in compose(region, (), keep))
 
 
 def _model(way: Way) -> onnx.ModelProto:
     rng = np.random.default_rng(0)
-    rank = WIDTH if way.rank is None else way.rank
+    rank = way.correction or way.rank or WIDTH
     weights = {}
     for name, (k, n) in {"first": (WIDTH, HIDDEN), "second": (HIDDEN, WIDTH)}.items():
         sides = rng.standard_normal((k, rank)), rng.standard_normal((rank, n))

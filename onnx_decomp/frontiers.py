@@ -28,7 +28,7 @@ from onnx_decomp.model_io import ModelFile
 from onnx_decomp.options import Options
 from onnx_decomp.passes import baselines
 from onnx_decomp.passes.baselines import Baselines
-from onnx_decomp.passes.compensation import BATCH
+from onnx_decomp.passes.compensation import BATCH, Refitted
 from onnx_decomp.passes.folding import Layout, decision_of, joined_orders, site_flops
 from onnx_decomp.passes.planning import PREFERRED, Planner
 from onnx_decomp.passes.pricing import region_time, with_best_forms
@@ -60,6 +60,9 @@ HOPELESS = 4.0
 """A walk ends where its loss is that many times that of another one at the same cost."""
 
 Blocks = Mapping[str, tuple[Structure, ...]]
+
+Base = tuple[Blocks, Blocks]
+"""What a walk starts from, and which of it has corrections beside its blocks."""
 
 
 def evenly(points: int) -> tuple[float, ...]:
@@ -240,24 +243,35 @@ class Walked:
             if part.dense:
                 continue
             segments = with_best_forms(self.search.cost, self._rows(part), part.region, part.segments)
-            maps = part.refitted.affine if part.refitted is not None else ()
-            placed = part.refitted.placed if part.refitted is not None else ()
+            made = part.refitted or Refitted((), (), (), ())
             outcome = decision_of(part.region, segments)
-            found.append(Rewrite(part.region, segments, maps, outcome, "applied", placed=placed))
+            found.append(
+                Rewrite(
+                    part.region,
+                    segments,
+                    made.affine,
+                    outcome,
+                    "applied",
+                    placed=made.placed,
+                    corrections=made.corrections,
+                )
+            )
         return found
 
     # The walk
 
-    def bases(self) -> list[Blocks]:
-        """What to start from: slices and blocks, blocks, the dense model."""
+    def bases(self) -> list[Base]:
+        """What to start from: slices and blocks, blocks, blocks with corrections beside them, the dense model."""
         assert self.search is not None
         planner = Planner(self.program, True)
         blocks = self._loosely({}, {r.name: planner.structures(r) for r in self.search.regions})
         slices = {name: (found,) for name, found in self.program.slices.items() if name not in blocks}
         both = self._loosely(blocks, slices)
-        bases: list[Blocks] = [both, blocks, {}]
+        weights = {r.name: found for r in self.search.regions if (found := planner.structures(r))}
+        bases: list[Base] = [(both, {}), (blocks, {}), (weights, weights), ({}, {})]
         # The same regions: the same structures.
-        return [base for at, base in enumerate(bases) if set(base) not in map(set, bases[at + 1 :])]
+        regions = [tuple(map(set, base)) for base in bases]
+        return [base for at, base in enumerate(bases) if regions[at] not in regions[at + 1 :]]
 
     def _loosely(self, base: Blocks, found: Blocks) -> Blocks:
         """With the structures that leave the outputs what they are, roughly, each on top of those before it."""
@@ -288,11 +302,9 @@ class Walked:
                 best[ratio] = min(fitting, key=lambda each: each[:2])[2]
         return best
 
-    def _walk_from(
-        self, base: Blocks, ratios: Sequence[float], known: list[tuple[float, float, Plan]]
-    ) -> None:
+    def _walk_from(self, base: Base, ratios: Sequence[float], known: list[tuple[float, float, Plan]]) -> None:
         assert self.search is not None
-        plan: Plan | None = self.search.start(base)
+        plan: Plan | None = self.search.start(*base)
         others = list(known)
         for number, ratio in enumerate(ratios):
             self.run.progress.advance(number, len(ratios))

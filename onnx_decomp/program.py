@@ -102,6 +102,8 @@ class Segment:
     DROPPED are not computed: their effect is folded into the bias.
     ranks: by position of a site the rank of each of its blocks, which is written as two thin products where that takes
     fewer multiplications (`folding.block_rank`); a site that is not listed is not factored.
+    corrections: by position of a site the rank of a map beside its blocks, from everything that it reads to everything
+    that it makes, written as two thin products.
     """
 
     sites: tuple[int, ...]
@@ -110,6 +112,7 @@ class Segment:
     form: Form = "dense"
     copies: Copies = field(default_factory=dict)
     ranks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    corrections: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,10 @@ class Rewrite:
     errors: tuple[tuple[float, float], ...] = ()
     """For each site the relative error of its output: on the data that it was fitted on, and on the select part."""
     placed: tuple[Affine, ...] = ()
-    """The affine maps as the original graph is fed with them, where they differ (an input that several blocks read)."""
+    """The affine maps as the original graph is fed with them, where they differ (an input that several blocks read, a
+    correction beside blocks)."""
+    corrections: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
+    """By position of a site: the map [K, N] beside its blocks, of the rank that its segment says."""
 
     @property
     def fed(self) -> tuple[Affine, ...]:

@@ -221,9 +221,10 @@ def _row(site: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _form(site: Mapping[str, Any]) -> str:
-    """How it is written, and between products of which rank."""
+    """How it is written, between products of which rank, and beside a correction of which rank."""
     rank = f", rank {site['rank']}" if site["rank"] is not None else ""
-    return f"{site['form'] or '-'}{rank}"
+    beside = f" + rank {site['correction']}" if site["correction"] is not None else ""
+    return f"{site['form'] or '-'}{rank}{beside}"
 
 
 def _why(site: Mapping[str, Any]) -> str:

@@ -437,12 +437,18 @@ def _outcome(site: Site, rewrite: Rewrite | None, position: int) -> Report:
     """The decision on the site itself: a region that is split may hold a layer that stays dense."""
     segment = _covering(rewrite.segments, position) if rewrite else None
     if rewrite is None or segment is None:
-        return {"decision": "dense", "form": None, "rank": None, "flop_ratio": 1.0}
+        return {"decision": "dense", "form": None, "rank": None, "correction": None, "flop_ratio": 1.0}
     count, dense = multiplications(rewrite, position), site.shape[0] * site.shape[1]
     rank = site_rank(rewrite.region, segment, position)
     decision = "low-rank" if rank is not None else "reduced" if count < dense else "dense"
     decision = "split" if segment.blocks > 1 else decision
-    return {"decision": decision, "form": segment.form, "rank": rank, "flop_ratio": count / dense}
+    return {
+        "decision": decision,
+        "form": segment.form,
+        "rank": rank,
+        "correction": segment.corrections.get(position),
+        "flop_ratio": count / dense,
+    }
 
 
 def _reason(

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_decomp.axes import Region
-from onnx_decomp.passes.compensation import Refitted, factored, masked
+from onnx_decomp.passes.compensation import Refitted
 from onnx_decomp.passes.folding import partition
+from onnx_decomp.passes.ridge import factored, masked
 from onnx_decomp.passes.search import Part, Search
 from onnx_decomp.program import DROPPED, Labels
 from onnx_decomp.sites import Affine
@@ -103,7 +104,8 @@ def _without(affine: Affine, mean: Array, rows: Labels, columns: Labels) -> Affi
 
 def _placed(part: Part, made: Sequence[Affine]) -> Part:
     errors = (0.0,) * len(made)
-    return Part(part.region, (), part.keep, part.ranks, Refitted(tuple(made), tuple(made), errors, errors))
+    refitted = Refitted(tuple(made), tuple(made), errors, errors)
+    return Part(part.region, (), part.keep, part.ranks, refitted=refitted)
 
 
 def truncated(left: Array, right: Array, rank: int) -> NDArray[np.float32]:

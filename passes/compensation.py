@@ -11,28 +11,23 @@ of what is gone folded into the bias. lam is chosen on the select part of the da
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg
 
 from onnx_decomp.axes import Region
 from onnx_decomp.calibration import Data, Part
+from onnx_decomp.passes.correction import Wanted, corrected
 from onnx_decomp.passes.folding import block_ranks, copies_of, partition
-from onnx_decomp.passes.lowrank import factor
+from onnx_decomp.passes.moments import Array, Indices, Moments, accumulate, pooled
+from onnx_decomp.passes.ridge import TINY, best_refit, factored, masked, relative_error, relative_to_aim
 from onnx_decomp.probe import Feeds, Probe
 from onnx_decomp.program import DROPPED, Labels, Segment
 from onnx_decomp.scratch import kept
 from onnx_decomp.sites import Affine, Site
-
-Array = NDArray[np.float64]
-Indices = NDArray[np.intp]
-
-RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, np.inf)
-"""Candidates for lam, relative to the mean variance of a block's inputs."""
-
 
 BATCH, BATCH_ROWS = 512, 4096
 """Samples of one run over the data at most, and rows of x where a sample has many."""
@@ -40,8 +35,8 @@ BATCH, BATCH_ROWS = 512, 4096
 HELD = 2**29
 """Bytes of what enters a region, held in memory for each part of the data."""
 
-STRIP = 512
-"""Rows of a large matrix that are worked on at once."""
+BOTH: tuple[Part, ...] = ("fit", "select")
+"""Parts of the data that a fit looks at: one to solve on, one to choose the ridge on."""
 
 FILED = 16
 """Moments lie in files where they are large, so that many times as many bytes of them are held."""
@@ -49,199 +44,6 @@ FILED = 16
 STEP = 1e-2
 """By which slopes are taken, of a unit's standard deviation: far above float32 rounding, small against the curvature
 of an activation."""
-
-TINY = float(np.finfo(np.float32).tiny)
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Centred second moments of paired rows x [K] and y [N], each divided by the number of rows, in float64."""
-
-    rows: int
-    mean_x: Array
-    mean_y: Array
-    xx: Array
-    xy: Array
-    yy: Array
-    """[N]: variances of y alone."""
-
-    @property
-    def nbytes(self) -> int:
-        return self.xx.nbytes + self.xy.nbytes
-
-    def kept(self) -> Moments:
-        """The same, in files where they are large."""
-        return replace(self, xx=kept(self.xx), xy=kept(self.xy))
-
-    def of(self, rows: Indices, columns: Indices) -> Moments:
-        """Those of one block."""
-        return Moments(
-            self.rows,
-            self.mean_x[rows],
-            self.mean_y[columns],
-            self.xx[np.ix_(rows, rows)],
-            self.xy[np.ix_(rows, columns)],
-            self.yy[columns],
-        )
-
-
-def accumulate(
-    pairs: Iterable[tuple[NDArray[np.floating], NDArray[np.floating]]], blocks: Labels | None = None
-) -> Moments:
-    """One streaming pass over batches of x [T, K] and y [T, N]; memory is bounded by a batch and K x (K + N).
-
-    Sums are taken around the first batch's mean, so that a large mean costs no precision.
-    blocks: [K], where products of x across blocks are not needed; they are left out of `xx`.
-    """
-    rows = 0
-    parts = [] if blocks is None else [np.flatnonzero(blocks == b) for b in np.unique(blocks)]
-    for x, y in pairs:
-        x64 = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
-        y64 = np.asarray(y, np.float64).reshape(-1, y.shape[-1])
-        if rows == 0:
-            shift_x, shift_y = x64.mean(0), y64.mean(0)
-            sum_x, sum_y = np.zeros_like(shift_x), np.zeros_like(shift_y)
-            xx = np.zeros((x64.shape[1], x64.shape[1]))
-            xy = np.zeros((x64.shape[1], y64.shape[1]))
-            yy = np.zeros(y64.shape[1])
-        x64 = x64 - shift_x
-        y64 = y64 - shift_y
-        rows += len(x64)
-        sum_x += x64.sum(0)
-        sum_y += y64.sum(0)
-        if blocks is None:
-            _add_products(xx, x64, x64)
-        for part in parts:
-            xx[np.ix_(part, part)] += x64[:, part].T @ x64[:, part]
-        _add_products(xy, x64, y64)
-        yy += np.einsum("tn,tn->n", y64, y64)
-    if rows == 0:
-        raise ValueError("no rows to take moments of")
-    dx, dy = sum_x / rows, sum_y / rows
-    for products, other in ((xx, dx), (xy, dy)):
-        for some in _strips(len(products)):
-            products[some] /= rows
-            products[some] -= np.outer(dx[some], other)
-    yy = np.maximum(yy / rows - dy**2, 0.0)
-    return Moments(rows, shift_x + dx, shift_y + dy, xx, xy, yy)
-
-
-def _add_products(total: Array, x: Array, y: Array) -> None:
-    """total [K, N] += x' y, in strips: these are the largest arrays that there are, and none is made beside them."""
-    for some in _strips(len(total)):
-        total[some] += x[:, some].T @ y
-
-
-def _strips(size: int) -> Iterator[slice]:
-    return (slice(start, start + STRIP) for start in range(0, size, STRIP))
-
-
-def residual(moments: Moments, affine: Affine) -> float:
-    """Mean squared error of y - (x W + b), summed over outputs, from moments alone."""
-    weight = affine.weight.astype(np.float64)
-    bias = np.zeros(weight.shape[1]) if affine.bias is None else affine.bias.astype(np.float64)
-    spread = moments.yy.sum() - 2.0 * np.sum(weight * moments.xy) + np.sum(weight * (moments.xx @ weight))
-    offset = moments.mean_y - moments.mean_x @ weight - bias
-    return float(max(spread, 0.0) + offset @ offset)
-
-
-def blocks_of(rows: Labels, columns: Labels) -> Iterator[tuple[Indices, Indices]]:
-    """Row and column indices of every block; columns that no row feeds come with an empty row set."""
-    for block in np.unique(columns[columns != DROPPED]):
-        yield np.flatnonzero(rows == block), np.flatnonzero(columns == block)
-
-
-def masked(affine: Affine, rows: Labels, columns: Labels) -> Affine:
-    """The old weights on kept entries, zero elsewhere; nothing is made up for."""
-    return _by_block(affine, rows, columns, lambda old, _rows, _columns: old)
-
-
-def refit(moments: Moments, affine: Affine, rows: Labels, columns: Labels, ridge: float) -> Affine:
-    """The ridge solution of the module's formula on the entries where rows and columns share a block.
-
-    affine: the old weights [K, N]. Columns labelled DROPPED get zeros.
-    """
-    return _by_block(affine, rows, columns, lambda old, r, c: refit_block(moments.of(r, c), old, ridge))
-
-
-def best_refit(fit: Moments, select: Moments, affine: Affine, rows: Labels, columns: Labels) -> Affine:
-    """Each block refitted on `fit`, with the ridge that does best on `select`; leaving it as it was is a choice too."""
-
-    def best(old: Affine, r: Indices, c: Indices) -> Affine:
-        fitted, unseen = fit.of(r, c), select.of(r, c)
-        candidates = [old]
-        for ridge in RIDGES:
-            try:
-                candidates.append(refit_block(fitted, old, ridge))
-            except linalg.LinAlgError:
-                continue
-        return min(candidates, key=lambda candidate: residual(unseen, candidate))
-
-    return _by_block(affine, rows, columns, best)
-
-
-def refit_block(moments: Moments, old: Affine, ridge: float) -> Affine:
-    """The ridge solution for one block, dense in itself.
-
-    ridge: lam relative to the mean variance of the inputs; inf keeps the old weights and moves the bias only.
-    """
-    weight = old.weight.astype(np.float64)
-    if np.isfinite(ridge) and len(weight):
-        lam = ridge * max(float(np.trace(moments.xx)) / len(weight), TINY)
-        system = moments.xx + lam * np.eye(len(weight))
-        weight = linalg.solve(system, moments.xy + lam * weight, assume_a="pos", overwrite_a=True)
-    bias = moments.mean_y - moments.mean_x @ weight
-    return Affine(weight.astype(np.float32), bias.astype(np.float32))
-
-
-def factored(
-    moments: Moments,
-    affine: Affine,
-    rows: Labels,
-    columns: Labels,
-    ranks: Sequence[int],
-    importance: Array | None,
-) -> Affine:
-    """Each block of a refitted map [K, N] as the nearest one of its rank, by the errors that matter (`lowrank`)."""
-
-    def nearest(old: Affine, r: Indices, c: Indices) -> Affine:
-        rank = ranks[int(columns[c[0]])]
-        if rank >= min(len(r), len(c)):
-            return old
-        block = moments.of(r, c)
-        within = None if importance is None else importance[np.ix_(c, c)]
-        weight = factor(block.xx, old.weight, within).truncated(rank)
-        bias = block.mean_y - block.mean_x @ weight
-        return Affine(weight.astype(np.float32), bias.astype(np.float32))
-
-    return _by_block(affine, rows, columns, nearest)
-
-
-def _by_block(
-    affine: Affine, rows: Labels, columns: Labels, change: Callable[[Affine, Indices, Indices], Affine]
-) -> Affine:
-    """Put together what `change` makes of each block of W [k, n] and b [n]; zero outside of them."""
-    weight = np.zeros_like(affine.weight)
-    bias = np.zeros(len(columns), np.float32)
-    biased = affine.bias is not None
-    for r, c in blocks_of(rows, columns):
-        at = np.ix_(r, c)
-        block = change(Affine(affine.weight[at], None if affine.bias is None else affine.bias[c]), r, c)
-        weight[at] = block.weight
-        if block.bias is not None:
-            bias[c], biased = block.bias, True
-    return Affine(weight, bias if biased else None)
-
-
-def relative_error(moments: Moments, affine: Affine, rows: Labels, columns: Labels) -> float:
-    """Root of the mean squared error over the variance of y, both summed over the columns that are computed."""
-    error = variance = 0.0
-    for r, c in blocks_of(rows, columns):
-        block = moments.of(r, c)
-        bias = None if affine.bias is None else affine.bias[c]
-        error += residual(block, Affine(affine.weight[np.ix_(r, c)], bias))
-        variance += float(block.yy.sum())
-    return float(np.sqrt(error / max(variance, TINY)))
 
 
 @dataclass
@@ -412,6 +214,8 @@ class Refitted:
     errors: tuple[float, ...]
     moments: tuple[Moments, ...] = ()
     """What each site was fitted on."""
+    corrections: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
+    """By position of a site: the low-rank map beside its blocks, of x as the graph has it."""
 
 
 def refit_run(
@@ -429,50 +233,107 @@ def refit_run(
     each site that is written in factors, see `lowrank`. Uses of one stored weight are refitted together, on the data
     of all of them, when the first one's turn comes. remember: the moments that they were fitted on.
     """
+    fitter = Fitter(calibrator, region, segments, old, importance)
     placed = dict(upstream)
-    labels = partition(region, segments)
-    ranks = {at: block_ranks(region, segment, at) for segment in segments for at in segment.ranks}
     if copies_of(segments):  # the graph runs whole, so later sites have to fit what earlier ones make
-        for position, (site, (rows, columns)) in enumerate(zip(region.sites, labels, strict=True)):
-            view = View.of(region, segments, position)
-            placed[site.index] = view.fed(masked(view.affine(old[position]), rows, columns))
-    fitted: dict[int, Affine] = {}
-    seen: dict[int, Moments] = {}
-    errors: dict[int, tuple[float, float]] = {}
+        placed |= {site.index: fitter.untouched(at) for at, site in enumerate(region.sites)}
+    fitted: dict[int, Fitted] = {}
     for position, site in enumerate(region.sites):
         if position in fitted:
             continue
         uses = [at for at, other in enumerate(region.sites) if other.weight == site.weight]
-        rows, columns = labels[position]
-        view = View.of(region, segments, position)
-        inside = rows if view.rows is not None and not view.outside else None
-        parts: list[list[Moments]] = [
-            [view.moments(calibrator.moments(part, region.sites[at], placed, inside)) for at in uses]
-            for part in ("fit", "select")
-        ]
-        fit, select = (pooled(moments) for moments in parts)
-        best = best_refit(fit, select, view.affine(old[position]), rows, columns)
-        if position in ranks:
-            weighting = importance[position] if importance else None
-            best = factored(fit, best, rows, columns, ranks[position], weighting)
-        best = best.kept()
-        error = (relative_error(fit, best, rows, columns), relative_error(select, best, rows, columns))
-        remembered = fit.kept() if remember else None
-        for at, own in zip(uses, parts[0], strict=True):
-            fitted[at] = best if len(uses) == 1 else _with_own_bias(best, own, columns)
-            placed[region.sites[at].index] = view.fed(fitted[at])
-            errors[at] = error
-            if remembered is not None:
-                seen[at] = remembered
-        del parts, fit, select  # before the next site's are made: nothing else is as large
+        for at, one in fitter.fit(uses, placed, remember).items():
+            fitted[at] = one
+            placed[region.sites[at].index] = one.fed
     order = range(len(region.sites))
     return Refitted(
-        tuple(fitted[at] for at in order),
-        tuple(placed[site.index] for site in region.sites),
-        tuple(errors[at][0] for at in order),
-        tuple(errors[at][1] for at in order),
-        tuple(seen[at] for at in order if remember),
+        tuple(fitted[at].affine for at in order),
+        tuple(fitted[at].fed for at in order),
+        tuple(fitted[at].errors[0] for at in order),
+        tuple(fitted[at].errors[1] for at in order),
+        tuple(made for at in order if (made := fitted[at].moments) is not None),
+        {at: low for at in order if (low := fitted[at].correction) is not None},
     )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What became of one site: its blocks, the same as the graph is fed with them, with the correction beside them."""
+
+    affine: Affine
+    fed: Affine
+    correction: NDArray[np.float32] | None
+    errors: tuple[float, float]
+    moments: Moments | None
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """Fits the sites of one region, each for given affine maps of those before it."""
+
+    calibrator: Calibrator
+    region: Region
+    segments: Sequence[Segment]
+    old: Sequence[Affine]
+    importance: Sequence[Array | None]
+
+    def untouched(self, at: int) -> Affine:
+        """A site's old weights within its blocks, as the graph is fed with them."""
+        view, (rows, columns) = self._view(at), self._labels[at]
+        return view.fed(masked(view.affine(self.old[at]), rows, columns))
+
+    def fit(self, uses: Sequence[int], placed: Mapping[int, Affine], remember: bool) -> dict[int, Fitted]:
+        """All sites that use one stored weight."""
+        first = uses[0]
+        segment = next(segment for segment in self.segments if first in segment.sites)
+        if segment.corrections.get(first, 0):
+            return {first: self._corrected(first, segment, placed, remember)}
+        view, (rows, columns) = self._view(first), self._labels[first]
+        inside = rows if view.rows is not None and not view.outside else None
+        parts = [
+            [
+                view.moments(self.calibrator.moments(part, self.region.sites[at], placed, inside))
+                for at in uses
+            ]
+            for part in BOTH
+        ]
+        fit, select = (pooled(moments) for moments in parts)
+        best = best_refit(fit, select, view.affine(self.old[first]), rows, columns)
+        if first in segment.ranks:
+            ranks = block_ranks(self.region, segment, first)
+            best = factored(fit, best, rows, columns, ranks, self._importance(first))
+        best = best.kept()
+        errors = (relative_error(fit, best, rows, columns), relative_error(select, best, rows, columns))
+        kept_moments = fit.kept() if remember else None
+        made = {}
+        for at, own in zip(uses, parts[0], strict=True):
+            affine = best if len(uses) == 1 else _with_own_bias(best, own, columns)
+            made[at] = Fitted(affine, view.fed(affine), None, errors, kept_moments)
+        return made
+
+    def _corrected(self, at: int, segment: Segment, placed: Mapping[int, Affine], remember: bool) -> Fitted:
+        """A site that is blocks with a low-rank correction."""
+        (rows, columns), site = self._labels[at], self.region.sites[at]
+        fit, select = (self.calibrator.moments(part, site, placed) for part in BOTH)
+        elastic = self.region.ends[at][0] in self.region.elastic
+        readable = rows != DROPPED if elastic else np.ones(len(rows), bool)
+        rank = segment.corrections[at]
+        wanted = Wanted(self.old[at], rows, columns, readable, rank, self._importance(at))
+        blocks, low = corrected(fit, select, wanted)
+        fed = Affine(blocks.weight + low, blocks.bias)
+        stays = np.flatnonzero(columns != DROPPED)
+        errors = (relative_to_aim(fit, fed, stays), relative_to_aim(select, fed, stays))
+        return Fitted(blocks.kept(), fed.kept(), kept(low), errors, fit.kept() if remember else None)
+
+    @cached_property
+    def _labels(self) -> list[tuple[Labels, Labels]]:
+        return partition(self.region, self.segments)
+
+    def _view(self, at: int) -> View:
+        return View.of(self.region, self.segments, at)
+
+    def _importance(self, at: int) -> Array | None:
+        return self.importance[at] if self.importance else None
 
 
 @dataclass(frozen=True)
@@ -520,25 +381,6 @@ class View:
         weight = np.zeros((self.shape[0], affine.weight.shape[1]), np.float32)
         np.add.at(weight, self.rows, affine.weight)
         return Affine(weight, affine.bias).kept()
-
-
-def pooled(parts: Sequence[Moments]) -> Moments:
-    """Moments around each part's own means, averaged over rows: those of one weight that is used several times."""
-    if len(parts) == 1:
-        return parts[0]
-    rows = sum(part.rows for part in parts)
-
-    def mean(values: Iterable[Array]) -> Array:
-        return sum((part.rows / rows) * value for part, value in zip(parts, values, strict=True))  # type: ignore[return-value]
-
-    return Moments(
-        rows,
-        mean(part.mean_x for part in parts),
-        mean(part.mean_y for part in parts),
-        mean(part.xx for part in parts),
-        mean(part.xy for part in parts),
-        mean(part.yy for part in parts),
-    )
 
 
 def _with_own_bias(affine: Affine, own: Moments, columns: Labels) -> Affine:

@@ -58,7 +58,7 @@ MARGIN = 0.03
 FAMILY = 1e-3
 """Log likelihood per entry by which a normal null may beat the one that was named."""
 NOTHING, SMALLEST = 1e-30, float(np.finfo(np.float32).tiny)
-"""Size of initial weights over that of the weights which is as good as zero; the least scale that float32 divides by."""
+"""Size of initial weights beside the weights' own that is as good as zero; the least scale that float32 divides by."""
 FORGOTTEN = 0.75
 """Noise this large against W0 and no trace of W0: the snapshot says nothing about these weights."""
 

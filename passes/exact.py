@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_decomp.passes.compensation import Array, Moments
+from onnx_decomp.passes.moments import Array, Moments
 from onnx_decomp.sites import Affine
 
 ROUNDING = 1e-12

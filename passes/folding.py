@@ -167,9 +167,23 @@ def block_widths(region: Region, segment: Segment, site: int) -> list[tuple[int,
     return found
 
 
+def correction_widths(region: Region, segment: Segment, site: int) -> tuple[int, int, int] | None:
+    """Inputs, rank and outputs of the correction beside the blocks of one site; None where it has none."""
+    rank = segment.corrections.get(site, 0)
+    if not rank:
+        return None
+    rows, columns = site_labels(region, segment, site)
+    read = int(np.count_nonzero(rows != DROPPED))
+    if region.ends[site][0] not in region.elastic:
+        read = region.sites[site].shape[0]  # as the joined tensor has them
+    return read, rank, int(np.count_nonzero(columns != DROPPED))
+
+
 def site_flops(region: Region, segment: Segment, site: int) -> int:
     """Multiply-adds times two for one row, of one site."""
-    return sum(2 * k * n for widths in block_widths(region, segment, site) for k, n in pairwise(widths))
+    beside = correction_widths(region, segment, site)
+    widths = block_widths(region, segment, site) + ([] if beside is None else [beside])
+    return sum(2 * k * n for each in widths for k, n in pairwise(each))
 
 
 def kept_flops(region: Region, segment: Segment) -> int:

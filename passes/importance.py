@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_decomp.axes import Region
-from onnx_decomp.passes.compensation import BATCH, STEP, TINY, Calibrator
+from onnx_decomp.passes.compensation import BATCH, STEP, Calibrator
 from onnx_decomp.passes.judging import Judge
+from onnx_decomp.passes.ridge import TINY
 from onnx_decomp.program import Program
 from onnx_decomp.sites import Affine, Site
 

@@ -8,17 +8,20 @@ from the weights that earlier steps have refitted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_decomp.axes import Region
-from onnx_decomp.passes.compensation import Moments, factored, refit
+from onnx_decomp.passes.compensation import View
+from onnx_decomp.passes.correction import beside
 from onnx_decomp.passes.folding import block_ranks, block_sizes, partition
 from onnx_decomp.passes.importance import weighted
 from onnx_decomp.passes.lowrank import factor
+from onnx_decomp.passes.moments import Moments
 from onnx_decomp.passes.reduction import UnitPath, round_up, unit_path
+from onnx_decomp.passes.ridge import factored, refit
 from onnx_decomp.passes.tradeoff import Key, Knob, Work, size_levels
 from onnx_decomp.program import DROPPED, Labels, Segment
 from onnx_decomp.sites import Affine
@@ -34,16 +37,25 @@ SMALLEST = 8
 
 @dataclass(frozen=True)
 class Standing:
-    """A region as it stands: its segments, affine maps and moments by site, and S of each site (None: identity)."""
+    """A region as it stands: its segments, affine maps and moments by site, and S of each site (None: identity).
+
+    affine: of the blocks. corrections: by position of a site the map beside them, see `correction`.
+    """
 
     region: Region
     segments: tuple[Segment, ...]
     affine: tuple[Affine, ...]
     moments: tuple[Moments, ...]
     importance: tuple[Array | None, ...]
+    corrections: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
 
     def readers(self, group: int) -> list[int]:
         return [at for at, (read, _) in enumerate(self.region.ends) if read == group]
+
+    def whole(self, at: int) -> NDArray[np.floating]:
+        """W [K, N] of a site that reads units of the region: its blocks with the correction beside them."""
+        weight, low = self.affine[at].weight, self.corrections.get(at)
+        return weight if low is None else weight + low
 
     def segment(self, at: int) -> Segment:
         return next(segment for segment in self.segments if at in segment.sites)
@@ -86,6 +98,8 @@ def unit_knobs(standing: Standing, multiple: int, share: float) -> list[UnitKnob
     region, made = standing.region, []
     for group in [*sorted(region.elastic), *unread_inputs(region)]:
         readers = standing.readers(group)
+        if group not in region.elastic and standing.corrections.keys() & set(readers):
+            continue  # a correction reads all inputs as they are joined
         if len({region.sites[at].input for at in readers}) == 1:
             made.append(_unit_knob(standing, group, readers, multiple, share))
     return made
@@ -99,7 +113,9 @@ def _unit_knob(
     blocks = max(int(labels.max(initial=0)) + 1, 1)
     first = readers[0]
     rows = partition(standing.region, standing.segments)[first][0][stays]
-    weights = [weighted(standing.affine[at].weight[stays], standing.importance[at]) for at in readers]
+    if standing.corrections.keys() & set(readers):
+        rows = np.zeros_like(rows)  # what goes from one block is missed beside the others too
+    weights = [weighted(standing.whole(at)[stays], standing.importance[at]) for at in readers]
     least = max(int(len(stays) * share), blocks)
     path = _path(standing.moments[first].xx[np.ix_(stays, stays)], np.hstack(weights), rows, share)
     kept, sizes, harm = [labels != DROPPED], [_counts(labels, labels != DROPPED, blocks)], [0.0]
@@ -161,7 +177,8 @@ def rank_knobs(standing: Standing, multiple: int) -> list[Knob]:
     found = []
     for at, site in enumerate(region.sites):
         sizes = block_sizes(region, standing.segment(at), at)
-        if weights.count(site.weight) == 1 and min(min(size) for size in sizes) >= SMALLEST:
+        corrected = at in standing.corrections
+        if weights.count(site.weight) == 1 and not corrected and min(min(size) for size in sizes) >= SMALLEST:
             found.append(_rank_knob(standing, at, spans[at], multiple))
     return [knob for knob in found if len(knob.harm) > 1]
 
@@ -188,6 +205,22 @@ def _rank_knob(standing: Standing, at: int, span: tuple[Labels, Labels], multipl
     return Knob(key, np.array(levels), np.array(harm), np.zeros(len(harm)))
 
 
+def correction_knobs(standing: Standing, multiple: int) -> list[Knob]:
+    """A knob for the rank of each correction, down to none at all."""
+    found = []
+    for at, low in standing.corrections.items():
+        columns = np.flatnonzero(partition(standing.region, standing.segments)[at][1] != DROPPED)
+        importance = standing.importance[at]
+        within = None if importance is None else importance[np.ix_(columns, columns)]
+        tail = factor(standing.moments[at].xx, low[:, columns], within).tail
+        now = standing.segment(at).corrections[at]
+        levels = [*size_levels(now, multiple), 0]
+        harm = np.array([float(tail[rank]) if rank < now else 0.0 for rank in levels])
+        key = Key(standing.region.name, "correction", at)
+        found.append(Knob(key, np.array(levels)[:, None], harm, np.zeros(len(harm))))
+    return found
+
+
 def _rank(tail: Array, threshold: float, limit: int, multiple: int) -> int:
     """Singular values of one block at the threshold or above it."""
     count = int(np.count_nonzero(-np.diff(tail) >= threshold))
@@ -204,31 +237,57 @@ def works(standing: Standing, knobs: Mapping[Key, Knob], rows_of_x: Mapping[int,
             key = Key(region.name, "units", group)
             axes.append(key if key in knobs else tuple(size[side] for size in sizes))
         rank = Key(region.name, "rank", at)
-        made.append(Work(axes[0], axes[1], rank, rows_of_x.get(site.index, 1), len(sizes)))
+        low = Key(region.name, "correction", at)
+        made.append(Work(axes[0], axes[1], rank, rows_of_x.get(site.index, 1), len(sizes), low))
     return made
 
 
 def turned(
     standing: Standing, key: Key, level: int, knob: Knob, kept: NDArray[np.bool_] | None
 ) -> dict[int, Affine]:
-    """Affine maps by position with one knob turned and everything else as it is: to measure what that does."""
-    spans = partition(standing.region, standing.segments)
+    """Affine maps by position, as the graph is fed, with one knob turned and everything else as it is."""
+    region, spans = standing.region, partition(standing.region, standing.segments)
+
+    def fed(at: int, blocks: Affine, low: NDArray[np.floating] | None) -> Affine:
+        whole = View.of(region, standing.segments, at).fed(blocks)
+        return whole if low is None else Affine((whole.weight + low).astype(np.float32), whole.bias)
+
     if key.kind == "rank":
         at = key.at
         ranks = tuple(int(rank) for rank in knob.sizes[level])
         new = factored(standing.moments[at], standing.affine[at], *spans[at], ranks, standing.importance[at])
-        return {at: new}
+        return {at: fed(at, new, None)}
+    if key.kind == "correction":
+        at = key.at
+        return {at: fed(at, standing.affine[at], _truncated(standing, at, int(knob.sizes[level][0])))}
     assert kept is not None
     made = {}
     for at in standing.readers(key.at):
         rows = np.where(kept, spans[at][0], np.int32(DROPPED))
-        made[at] = refit(_as_it_stands(standing, at), standing.affine[at], rows, spans[at][1], RIDGE)
+        left = standing.corrections.get(at)
+        left = None if left is None else np.where(kept[:, None], left, np.float32(0))
+        new = refit(_as_it_stands(standing, at, left), standing.affine[at], rows, spans[at][1], RIDGE)
+        made[at] = fed(at, new, left)
     return made
 
 
-def _as_it_stands(standing: Standing, at: int) -> Moments:
-    """Moments whose aim is what the site makes now: a refit towards the original would change more than one knob."""
-    moments, affine = standing.moments[at], standing.affine[at]
-    weight = affine.weight.astype(np.float64)
-    bias = 0.0 if affine.bias is None else affine.bias
-    return replace(moments, xy=moments.xx @ weight, mean_y=moments.mean_x @ weight + bias)
+def _truncated(standing: Standing, at: int, rank: int) -> Array:
+    """The correction of one site with a lower rank."""
+    low, importance = standing.corrections[at], standing.importance[at]
+    columns = np.flatnonzero(partition(standing.region, standing.segments)[at][1] != DROPPED)
+    within = None if importance is None else importance[np.ix_(columns, columns)]
+    made = np.zeros(low.shape)
+    made[:, columns] = factor(standing.moments[at].xx, low[:, columns], within).truncated(rank)
+    return made
+
+
+def _as_it_stands(standing: Standing, at: int, left: NDArray[np.float32] | None) -> Moments:
+    """Moments whose aim is what the site makes now: a refit towards the original would change more than one knob.
+
+    left: of the correction beside its blocks, which makes a part of that.
+    """
+    moments, bias = standing.moments[at], standing.affine[at].bias
+    weight = standing.whole(at).astype(np.float64)
+    aim = moments.mean_x @ weight + (0.0 if bias is None else bias)
+    made = replace(moments, xy=moments.xx @ weight, mean_y=aim)
+    return made if left is None else beside(made, left)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from onnx_decomp.axes import Region
 from onnx_decomp.cost import CostModel, cpu, cuda
-from onnx_decomp.passes.compensation import Refitted, masked
+from onnx_decomp.passes.compensation import Refitted
 from onnx_decomp.passes.exact import Proven, fold_units, prove
 from onnx_decomp.passes.folding import (
     Indices,
@@ -32,6 +32,7 @@ from onnx_decomp.passes.folding import (
 )
 from onnx_decomp.passes.judging import Judge
 from onnx_decomp.passes.pricing import region_time, with_best_forms
+from onnx_decomp.passes.ridge import masked
 from onnx_decomp.passes.search import MARGIN, Part, Plan, Search
 from onnx_decomp.program import DROPPED, Labels, Program, Rewrite, Segment, Structure
 from onnx_decomp.sites import Affine
@@ -117,8 +118,12 @@ def _rewrite(region: Region, judged: Judged) -> Rewrite:
         judged.candidate.gain,
         tuple(zip(refitted.fitted_errors, refitted.errors, strict=True)),
         refitted.placed,
+        refitted.corrections,
     )
 
+
+Blocks = dict[str, tuple[Structure, ...]]
+"""What a plan starts from, by region."""
 
 Verdicts = dict[str, list[Verdict]]
 """By region what was said of it; the last word counts."""
@@ -132,6 +137,8 @@ class Planner:
     reduce: bool
     orders: dict[int, Indices] = field(default_factory=dict)
     """Of free groups, as blocks that were accepted need them."""
+    refused: Blocks = field(default_factory=dict)
+    """Blocks that change the outputs too much by themselves, by region."""
     cost: CostModel = field(init=False)
     search: Search = field(init=False)
 
@@ -190,18 +197,28 @@ class Planner:
         if not self.search.regions:
             return
         blocks, blocked = self._accepted(verdicts)
-        continued = self._continued()
-        plan = continued or self.search.within(self.search.charged(blocked))
-        sliced = self._accepted_slices(blocks, verdicts)
-        if sliced and continued is None:
-            other = self.search.within(self.search.start({**blocks, **sliced}))
-            if self._total(plan) > self._total(other) / PREFERRED:
-                plan = other
+        plan = self._continued() or self._cheapest(blocks, blocked, verdicts)
         plan = self._settled(plan)
         self.program.memory["plan"] = plan
         stepped = not np.isnan(plan.predicted) and bool(plan.placed)
         self.program.predicted = plan.predicted * self._tolerance if stepped else None
         self._say(plan, verdicts)
+
+    def _cheapest(self, blocks: Blocks, blocked: Plan, verdicts: Verdicts) -> Plan:
+        """The best of the plans that start from blocks, from slices, and from blocks with corrections beside them."""
+        plan = self.search.within(self.search.charged(blocked))
+        sliced = self._accepted_slices(blocks, verdicts)
+        if sliced:
+            other = self.search.within(self.search.start({**blocks, **sliced}))
+            if self._total(plan) > self._total(other) / PREFERRED:
+                plan = other
+        if self.refused and self.reduce:
+            start = self.search.start({**blocks, **self.refused}, self.refused)
+            if start.spent <= self.search.margin:
+                other = self.search.within(start)
+                if self._total(other) < self._total(plan):
+                    plan = other
+        return plan
 
     def _continued(self) -> Plan | None:
         """The plan of the round before, without what a gate has undone since; none if it was to spend too much."""
@@ -226,9 +243,9 @@ class Planner:
                 break
         return MARGIN * self.program.budget * float(np.sqrt(seen / sum(flops.values())))
 
-    def _accepted(self, verdicts: Verdicts) -> tuple[dict[str, tuple[Structure, ...]], Plan]:
+    def _accepted(self, verdicts: Verdicts) -> tuple[Blocks, Plan]:
         """Regions whose blocks fit and pay, each tried on top of those before it, and the plan that they make."""
-        accepted: dict[str, tuple[Structure, ...]] = {}
+        accepted: Blocks = {}
         standing, flows = self.search.start(), self.search.flows()
         for region in self.search.regions:
             structures = self.structures(region)
@@ -241,6 +258,8 @@ class Planner:
             numbers = {"change": plan.spent * self._tolerance, "gain": candidate.gain}
             numbers |= self._redraw(region, candidate)
             if plan.spent > self._budget(region):
+                if not any(structure.copies for structure in structures):
+                    self.refused[region.name] = structures
                 verdicts[region.name].append(Verdict(None, "tolerance", numbers))
             elif candidate.gain < WORTHWHILE:
                 verdicts[region.name].append(Verdict(None, self._cost_reason(region, candidate), numbers))
@@ -252,11 +271,9 @@ class Planner:
                 )
         return accepted, standing
 
-    def _accepted_slices(
-        self, blocks: Mapping[str, Sequence[Structure]], verdicts: Verdicts
-    ) -> dict[str, tuple[Structure, ...]]:
+    def _accepted_slices(self, blocks: Mapping[str, Sequence[Structure]], verdicts: Verdicts) -> Blocks:
         """Regions whose function shows independent parts where the weights show none, and that may be sliced."""
-        accepted: dict[str, tuple[Structure, ...]] = {}
+        accepted: Blocks = {}
         for region in self.search.regions:
             found = self.program.slices.get(region.name)
             if found is None or region.name in blocks:
@@ -265,7 +282,8 @@ class Planner:
             change = plan.spent * self._tolerance
             if plan.spent <= self._budget(region):
                 accepted[region.name] = (found,)
-            elif not verdicts[region.name]:
+                continue
+            if not verdicts[region.name]:
                 verdicts[region.name].append(Verdict(None, "tolerance", {"change": change, "sliced": change}))
         return accepted
 

@@ -7,14 +7,31 @@ from dataclasses import replace
 from itertools import pairwise
 
 from onnx_decomp.axes import Region
-from onnx_decomp.cost import CostModel
-from onnx_decomp.passes.folding import Layout, block_widths, forms, kept_flops
+from onnx_decomp.cost import CostModel, Layer
+from onnx_decomp.passes.folding import Layout, block_widths, correction_widths, forms, kept_flops
 from onnx_decomp.program import Form, Segment
 
 
 def segment_time(cost: CostModel, rows: int, region: Region, segment: Segment, form: Form) -> float:
     """Predicted microseconds of one segment in the given form."""
     layers = [block_widths(region, segment, site) for site in segment.sites]
+    return _blocks_time(cost, rows, segment, layers, form) + sum(
+        _correction_time(cost, rows, region, segment, site) for site in segment.sites
+    )
+
+
+def _correction_time(cost: CostModel, rows: int, region: Region, segment: Segment, site: int) -> float:
+    """Two thin products beside the blocks, the first of what the blocks have to be joined for."""
+    widths = correction_widths(region, segment, site)
+    if widths is None:
+        return 0.0
+    read, rank, made = widths
+    inside = region.sites[site].input not in region.entries
+    joined = cost.gather(rows, read, read) if inside else 0.0
+    return joined + cost.dense(rows, read, rank) + cost.dense(rows, rank, made)
+
+
+def _blocks_time(cost: CostModel, rows: int, segment: Segment, layers: Sequence[Layer], form: Form) -> float:
     if form == "dense":
         return sum(cost.dense(rows, k, n) for (widths,) in layers for k, n in pairwise(widths))
     if form == "batched":

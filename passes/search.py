@@ -7,7 +7,8 @@ feeds them, and measures the outputs. What is predicted for the next step is sca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -18,11 +19,19 @@ from onnx_decomp import scratch
 from onnx_decomp.axes import Region
 from onnx_decomp.calibration import Part as DataPart
 from onnx_decomp.cost import CostModel
-from onnx_decomp.passes.compensation import HELD, Calibrator, Refitted, View, refit_run
+from onnx_decomp.passes.compensation import HELD, Calibrator, Refitted, refit_run
 from onnx_decomp.passes.folding import Keep, compose, copies_of
 from onnx_decomp.passes.importance import importances, moved_columns
 from onnx_decomp.passes.judging import Judge, Outputs, batch_size
-from onnx_decomp.passes.knobs import Standing, UnitKnob, rank_knobs, turned, unit_knobs, works
+from onnx_decomp.passes.knobs import (
+    Standing,
+    UnitKnob,
+    correction_knobs,
+    rank_knobs,
+    turned,
+    unit_knobs,
+    works,
+)
 from onnx_decomp.passes.tradeoff import Descent, Key, Knob, Price
 from onnx_decomp.probe import Feeds, Probe, outer_tensors, stream_of
 from onnx_decomp.program import Program, Segment, Structure
@@ -68,6 +77,9 @@ ENOUGH, AT_LEAST = 48, 2**14
 FURTHER = 10.0
 """A sensitivity is measured again where a knob can be turned to that many times the squared error of before."""
 
+GENEROUS = 0.8
+"""Cost of a correction beside blocks over that of the dense matrix, where a search starts with it."""
+
 FEW = 0.02
 """Share of the tolerance under which what was spent says nothing yet."""
 
@@ -76,13 +88,15 @@ FEW = 0.02
 class Part:
     """What one region is in a plan. refitted: None while it is as the original has it.
 
-    keep: elements that stay, by group. ranks: of each block, by position of a site.
+    keep: elements that stay, by group. ranks: of each block, by position of a site. corrections: rank of the map
+    beside a site's blocks, by its position.
     """
 
     region: Region
     structures: tuple[Structure, ...] = ()
     keep: Keep = field(default_factory=dict)
     ranks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    corrections: Mapping[int, int] = field(default_factory=dict)
     refitted: Refitted | None = None
     harm: float = 0.0
     """Its share of the predicted loss (`Judge.loss`)."""
@@ -97,7 +111,11 @@ class Part:
     def segments(self) -> tuple[Segment, ...]:
         composed = compose(self.region, self.structures, self.keep)
         return tuple(
-            replace(segment, ranks={at: self.ranks[at] for at in segment.sites if at in self.ranks})
+            replace(
+                segment,
+                ranks={at: self.ranks[at] for at in segment.sites if at in self.ranks},
+                corrections={at: rank for at in segment.sites if (rank := self.corrections.get(at, 0))},
+            )
             for segment in composed
         )
 
@@ -228,12 +246,21 @@ class Search:
 
     # Plans
 
-    def start(self, structures: Mapping[str, Sequence[Structure]] | None = None) -> Plan:
-        """Regions with their blocks, if any, and nothing made smaller."""
-        found = structures or {}
-        return self.charged(
-            self.fitted([Part(region, tuple(found.get(region.name, ()))) for region in self.regions])
-        )
+    def start(
+        self,
+        structures: Mapping[str, Sequence[Structure]] | None = None,
+        corrected: Container[str] = (),
+    ) -> Plan:
+        """Regions with their blocks, if any, and nothing made smaller.
+
+        corrected: regions whose blocks have low-rank corrections beside them, of a generous rank.
+        """
+        parts = []
+        for region in self.regions:
+            found = tuple((structures or {}).get(region.name, ()))
+            beside = generous_corrections(region, found) if region.name in corrected else {}
+            parts.append(Part(region, found, corrections=beside))
+        return self.charged(self.fitted(parts))
 
     def charged(self, plan: Plan) -> Plan:
         """The same plan, its loss shared out over the regions that have blocks."""
@@ -291,6 +318,7 @@ class Search:
         """Predicted cost of a region's sites, in the objective's unit."""
         name = part.region.name
         fixed = {Key(name, "rank", at): np.array([kept]) for at, kept in part.ranks.items()}
+        fixed |= {Key(name, "correction", at): np.array([[rank]]) for at, rank in part.corrections.items()}
         knobs = {key: Knob(key, sizes, np.zeros(1), np.zeros(1)) for key, sizes in fixed.items()}
         bare = Standing(part.region, part.segments, (), (), ())
         return Descent(knobs, works(bare, {}, self._rows_of_x), self.price).cost
@@ -322,12 +350,15 @@ class Search:
         else:
             affine = tuple(self.program.affine(site).kept() for site in region.sites)
             moments = tuple(calibrator.moments("fit", site, {}).kept() for site in region.sites)
+        corrections = {} if refitted is None else refitted.corrections
+        bare = Standing(region, segments, affine, moments, (), corrections)
         importance = part.importance
         if not importance or not copies_of(segments):
             # In slices errors of sites are large, and what the layers behind make of them after refits is no guide.
-            found = importances(calibrator, region, affine, part.placed, self._exits_of(region))
+            whole = [Affine(bare.whole(at), each.bias) for at, each in enumerate(affine)]
+            found = importances(calibrator, region, whole, part.placed, self._exits_of(region))
             importance = tuple(None if each is None else scratch.kept(each) for each in found)
-        return Standing(region, segments, affine, moments, tuple(importance))
+        return replace(bare, importance=tuple(importance))
 
     def _exits_of(self, region: Region) -> dict[int, Array]:
         """S of sites that hand on what they make, by moving one column of them at a time, while runs are left."""
@@ -383,6 +414,7 @@ class Search:
             units = unit_knobs(standing, self._multiple, LOOK_DOWN) if self.units else []
             kept |= {found.knob.key: found for found in units}
             ranks = rank_knobs(standing, self._multiple) if self.ranks else []
+            ranks += correction_knobs(standing, self._multiple)
             for knob in [*(found.knob for found in units), *ranks]:
                 weight = self._weigh(plan, base, standing, knob, kept.get(knob.key))
                 knobs[knob.key] = replace(knob, harm=knob.harm * weight, toll=self._toll(standing, knob))
@@ -425,10 +457,7 @@ class Search:
         known = self._sensitivity.get(knob.key)
         if known is None or own / total > FURTHER * known.tried or copies_of(standing.segments):
             made = turned(standing, knob.key, level, knob, None if units is None else units.kept[level])
-            fed = {
-                standing.region.sites[at].index: View.of(standing.region, standing.segments, at).fed(affine)
-                for at, affine in made.items()
-            }
+            fed = {standing.region.sites[at].index: affine for at, affine in made.items()}
             found = self.judge.loss(plan.placed | fed, base())
             known = self._sensitivity[knob.key] = Sensitivity(
                 max(found, 1e-9) / own, min(own / total, TRIED**2)
@@ -461,9 +490,20 @@ class Search:
         return plan
 
 
+def generous_corrections(region: Region, structures: Sequence[Structure]) -> dict[int, int]:
+    """Ranks of corrections beside blocks, by position of a site: what the search starts from, and lowers."""
+    weights = [site.weight for site in region.sites]
+    return {
+        at: max(int(GENEROUS * math.prod(region.sites[at].shape) / sum(region.sites[at].shape)), 1)
+        for structure in structures
+        for at in structure.sites
+        if weights.count(weights[at]) == 1
+    }
+
+
 def _turned(part: Part, descent: Descent, kept: Mapping[Key, UnitKnob]) -> Part:
     """A part with the levels that were chosen for it."""
-    keep, ranks, harm = dict(part.keep), dict(part.ranks), part.harm
+    keep, ranks, corrections, harm = dict(part.keep), dict(part.ranks), dict(part.corrections), part.harm
     for key, level in descent.levels.items():
         if key.region != part.region.name or not level:
             continue
@@ -471,13 +511,15 @@ def _turned(part: Part, descent: Descent, kept: Mapping[Key, UnitKnob]) -> Part:
         harm += float(knob.harm[level])
         if key.kind == "units":
             keep[key.at] = kept[key].kept[level]
+        elif key.kind == "correction":
+            corrections[key.at] = int(knob.sizes[level][0])
         else:
             ranks[key.at] = tuple(int(rank) for rank in knob.sizes[level])
-    return replace(part, keep=keep, ranks=ranks, harm=harm)
+    return replace(part, keep=keep, ranks=ranks, corrections=corrections, harm=harm)
 
 
 def _variance(standing: Standing, key: Key) -> float:
     """Squared size of what a knob's readers make, weighted as its harm is."""
-    at = key.at if key.kind == "rank" else standing.readers(key.at)[0]
+    at = key.at if key.kind != "units" else standing.readers(key.at)[0]
     importance, yy = standing.importance[at], standing.moments[at].yy
     return float(yy.sum() if importance is None else (yy * np.diagonal(importance)).sum())

@@ -8,7 +8,7 @@ the steepest way down the convex hull, so that cheap layers pay for dear ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
@@ -25,10 +25,10 @@ Price = Callable[[int, int, int, int | None], float]
 
 @dataclass(frozen=True)
 class Key:
-    """Which knob: the units of a group, or the rank of the site at a position, of a region."""
+    """Which knob: the units of a group, or the rank of the site at a position, or of what is beside its blocks."""
 
     region: str
-    kind: Literal["units", "rank"]
+    kind: Literal["units", "rank", "correction"]
     at: int
 
 
@@ -47,13 +47,22 @@ class Knob:
 
 @dataclass(frozen=True)
 class Work:
-    """One site: the knobs (or fixed sizes [G]) of its rows and its columns, and the knob of its rank if it has one."""
+    """One site: the knobs (or fixed sizes [G]) of its rows and its columns, and those of its rank and of the correction
+    beside its blocks if it has them."""
 
     rows: Key | tuple[int, ...]
     columns: Key | tuple[int, ...]
     rank: Key
     rows_of_x: int
     blocks: int
+    correction: Key | None = None
+
+    @property
+    def keys(self) -> Iterator[Key]:
+        """Its knobs."""
+        for key in (self.rows, self.columns, self.rank, self.correction):
+            if isinstance(key, Key):
+                yield key
 
 
 @dataclass
@@ -71,8 +80,8 @@ class Descent:
         self._lists = {key: knob.sizes.tolist() for key, knob in self.knobs.items()}
         self._touching: dict[Key, list[Work]] = {key: [] for key in self.knobs}
         for work in self.works:
-            for key in (work.rows, work.columns, work.rank):
-                if isinstance(key, Key) and key in self.knobs:
+            for key in work.keys:
+                if key in self.knobs:
                     self._touching[key].append(work)
 
     @property
@@ -138,7 +147,7 @@ class Descent:
     def _neighbours(self, key: Key) -> set[Key]:
         found = {key}
         for work in self._touching[key]:
-            found |= {other for other in (work.rows, work.columns, work.rank) if isinstance(other, Key)}
+            found.update(work.keys)
         return found & set(self.knobs)
 
     def _cost(self, work: Work) -> float:
@@ -147,6 +156,11 @@ class Descent:
         total = 0.0
         for block, (k, n) in enumerate(zip(ks, ns, strict=True)):
             total += self.price(work.rows_of_x, k, n, None if ranks is None else ranks[block])
+        if work.correction is not None and work.correction in self.knobs:
+            (rank,) = self._lists[work.correction][self.levels[work.correction]]
+            if rank:
+                total += self.price(work.rows_of_x, sum(ks), rank, None)
+                total += self.price(work.rows_of_x, rank, sum(ns), None)
         return total
 
     def _sizes(self, axis: Key | tuple[int, ...], blocks: int) -> Sequence[int]:

@@ -248,6 +248,21 @@ class Writer:
                 )
         return self.joined[tensor]
 
+    def correction(self, at: int, segment: Segment) -> tuple[Value, NDArray[Any], str] | None:
+        """The first product of the correction beside a site's blocks, made of what they read, joined.
+
+        With it the second matrix [r, N], and what its names start with; None where there is no correction.
+        """
+        rank = segment.corrections.get(at, 0)
+        if not rank:
+            return None
+        site = self.rewrite.region.sites[at]
+        joined = self._joined(site.input)
+        down, up = factors(self.rewrite.corrections[at][self.layout.stored(site.input)], rank)
+        name = f"{site.weight}.decomp.beside"
+        side = self.fragment.stored(f"{name}.down", down, site)
+        return self.fragment.one("MatMul", f"{site.name}/decomp/beside/Down", [joined, side]), up, name
+
     def cells(self, at: int, segment: Segment, block: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Rows and columns of one block at a site, in the order in which its tensors hold them."""
         region = self.rewrite.region
@@ -369,7 +384,22 @@ class Branches:
         return region.flat and (self.writer.flattened or region.sites[0].rank == 2)
 
     def site(self, values: Sequence[Value], at: int, into: str | None) -> list[Value]:
-        return [self._gemm(value, at, block, into) for block, value in enumerate(values)]
+        beside = self.writer.correction(at, self.segment)
+        made = [self._gemm(value, at, block, into) for block, value in enumerate(values)]
+        if beside is None:
+            return made
+        return [self._plus(value, at, block, *beside) for block, value in enumerate(made)]
+
+    def _plus(self, value: Value, at: int, block: int, low: Value, up: NDArray[Any], name: str) -> Value:
+        """A block's output with its columns of the correction added, in the same product where it can be."""
+        make, site = self.writer.fragment, self.writer.rewrite.region.sites[at]
+        _, columns = self.writer.cells(at, self.segment, block)
+        tag = f"block_{block:02d}"
+        side = make.stored(f"{name}.up.{tag}", up[:, columns], site)
+        stem = f"{site.name}/decomp/beside/{tag}"
+        if self._matrix or site.rank == 2:
+            return make.one("Gemm", f"{stem}/Gemm", [low, side, value])
+        return make.one("Add", f"{stem}/Add", [value, make.one("MatMul", f"{stem}/MatMul", [low, side])])
 
     def _gemm(self, value: Value, at: int, block: int, into: str | None) -> Value:
         make, writer = self.writer.fragment, self.writer
@@ -474,6 +504,13 @@ class Batched:
         weight = make.stored(f"{site.weight}.decomp.blocks", stack, site)
         name = f"{site.name}/decomp/blocks"
         value = make.one("MatMul", f"{name}/MatMul", [value, weight])
+        beside = writer.correction(at, self.segment)
+        if beside is not None:
+            low, up, called = beside
+            ups = np.stack([up[:, columns] for _, columns in cells])
+            stem = f"{site.name}/decomp/beside"
+            more = make.one("MatMul", f"{stem}/MatMul", [low, make.stored(f"{called}.up", ups, site)])
+            value = make.one("Add", f"{stem}/Add", [value, more])
         if affine.bias is None or self._late(site.output) is not None:
             return value
         rows_of_bias = np.stack([affine.bias[columns] for _, columns in cells])[:, None, :]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_decomp.axes import AxisGroup, Builder, Region, find_regions
-from onnx_decomp.passes.compensation import masked
 from onnx_decomp.passes.folding import along, compose, forms, partition
+from onnx_decomp.passes.ridge import masked
 from onnx_decomp.passes.splitting import emit
 from onnx_decomp.probe import Probe
 from onnx_decomp.program import Rewrite, Structure

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_decomp.passes.compensation import accumulate, best_refit, masked, refit, relative_error, residual
+from onnx_decomp.passes.moments import accumulate, residual
 from onnx_decomp.passes.reduction import round_up, unit_path
+from onnx_decomp.passes.ridge import best_refit, masked, refit, relative_error
 from onnx_decomp.program import DROPPED
 from onnx_decomp.sites import Affine
 

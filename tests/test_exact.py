@@ -13,8 +13,8 @@ from onnx import helper
 
 from onnx_decomp.compiler import compile_file
 from onnx_decomp.options import Options
-from onnx_decomp.passes.compensation import accumulate
 from onnx_decomp.passes.exact import CONSTANT, UNREAD, fold_units, prove
+from onnx_decomp.passes.moments import accumulate
 from onnx_decomp.sites import Affine
 from tests.small import model, value
 

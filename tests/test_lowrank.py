@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_decomp.passes.compensation import Moments, accumulate, factored, residual
 from onnx_decomp.passes.lowrank import FLOOR_S, FLOOR_X, factor
+from onnx_decomp.passes.moments import Moments, accumulate, residual
+from onnx_decomp.passes.ridge import factored
 from onnx_decomp.program import DROPPED
 from onnx_decomp.sites import Affine
 

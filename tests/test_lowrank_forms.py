@@ -19,7 +19,7 @@ from models.networks import calibration as network_calibration
 from models.planted import Planted, build, calibration
 from onnx_decomp.axes import Region, find_regions
 from onnx_decomp.cost import CostModel, cpu, cuda
-from onnx_decomp.passes.compensation import View, masked
+from onnx_decomp.passes.compensation import View
 from onnx_decomp.passes.folding import (
     block_rank,
     block_sizes,
@@ -30,12 +30,14 @@ from onnx_decomp.passes.folding import (
     forms,
     kept_flops,
     partition,
+    site_labels,
     site_rank,
 )
 from onnx_decomp.passes.pricing import segment_time, with_best_forms
+from onnx_decomp.passes.ridge import masked
 from onnx_decomp.passes.splitting import emit
 from onnx_decomp.probe import Probe
-from onnx_decomp.program import Rewrite, Segment, Structure
+from onnx_decomp.program import DROPPED, Rewrite, Segment, Structure
 from onnx_decomp.rendering import describe_site, render_html
 from onnx_decomp.report import Measured, multiplications
 from onnx_decomp.report import build as build_report
@@ -66,9 +68,13 @@ def of_rank(weight: NDArray[Any], rank: int) -> NDArray[np.float32]:
 def low_rank(
     index: GraphIndex, region: Region, segments: Sequence[Segment], bias: bool = True
 ) -> tuple[Rewrite, dict[int, Affine]]:
-    """Masked weights, factored blocks of exactly their rank, and biases moved a little; and what the probe is fed."""
+    """Masked weights, factored blocks of exactly their rank, and biases moved a little; and what the probe is fed.
+
+    Where a segment says so, random corrections of exactly their rank stand beside the blocks.
+    """
     affine: list[Affine] = []
     fed: dict[int, Affine] = {}
+    corrections: dict[int, NDArray[np.float32]] = {}
     for at, (rows, columns) in enumerate(partition(region, segments)):
         view = View.of(region, segments, at)
         kept = masked(view.affine(read_affine(index, region.sites[at])), rows, columns)
@@ -84,8 +90,30 @@ def low_rank(
             moved = np.zeros(len(columns)) if kept.bias is None else kept.bias
             moved = (moved + np.linspace(-0.1, 0.1, len(columns))).astype(np.float32)
         affine.append(Affine(weight, moved))
-        fed[region.sites[at].index] = view.fed(affine[-1])
-    return Rewrite(region, tuple(segments), tuple(affine), decision_of(region, segments), "applied"), fed
+        whole = view.fed(affine[-1])
+        if segment.corrections.get(at):
+            corrections[at] = _beside(region, segment, at, whole.weight.shape)
+            whole = Affine(whole.weight + corrections[at], whole.bias)
+        fed[region.sites[at].index] = whole
+    outcome = decision_of(region, segments)
+    rewrite = Rewrite(region, tuple(segments), tuple(affine), outcome, "applied", corrections=corrections)
+    return rewrite, fed
+
+
+def _beside(region: Region, segment: Segment, at: int, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """A random map of the rank that the segment says, between what there is to read and to make."""
+    rng = np.random.default_rng(at)
+    rank = segment.corrections[at]
+    low = (
+        rng.standard_normal((shape[0], rank))
+        @ rng.standard_normal((rank, shape[1]))
+        / np.sqrt(np.prod(shape))
+    )
+    rows, columns = site_labels(region, segment, at)
+    low[:, columns == DROPPED] = 0
+    if region.ends[at][0] in region.elastic:
+        low[rows == DROPPED] = 0
+    return low.astype(np.float32)
 
 
 def check_low_rank(
@@ -117,7 +145,8 @@ def check_low_rank(
     told = sum(computed.get(site.index, site.flops // 2) for site in sites)
     assert told == sum(k * n for k, n in products(written))
     downs = sum(len(widths) > 2 for rewrite in rewrites for widths in all_widths(rewrite))
-    assert downs == sum(node.name.endswith("/Down") for node in written.graph.node)
+    beside = sum(len(segment.corrections) for rewrite in rewrites for segment in rewrite.segments)
+    assert downs + beside == sum(node.name.endswith("/Down") for node in written.graph.node)
     return written
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from models.planted import Planted, PlantedModel, build, calibration
 from onnx_decomp.axes import Region, find_regions
-from onnx_decomp.passes.compensation import masked
 from onnx_decomp.passes.folding import compose, forms, partition
+from onnx_decomp.passes.ridge import masked
 from onnx_decomp.passes.splitting import emit
 from onnx_decomp.probe import Probe
 from onnx_decomp.program import Rewrite, Segment, Structure

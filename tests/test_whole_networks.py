@@ -17,8 +17,8 @@ from models.networks import EVERY, Network, PlantedNetwork, build, calibration, 
 from onnx_decomp.axes import Region, find_regions
 from onnx_decomp.compiler import compile_file
 from onnx_decomp.options import Options
-from onnx_decomp.passes.compensation import masked
 from onnx_decomp.passes.folding import compose, partition
+from onnx_decomp.passes.ridge import masked
 from onnx_decomp.passes.splitting import emit
 from onnx_decomp.probe import Probe
 from onnx_decomp.program import Rewrite, Structure
