@@ -48,6 +48,7 @@ from onnx_decomp.passes.criterion import Criterion
 from onnx_decomp.passes.planning import Planning
 from onnx_decomp.passes.slicing import Slicing
 from onnx_decomp.passes.splitting import Splitting
+from onnx_decomp.passes.windows import Overlapping
 from onnx_decomp.probe import Probe, outer_tensors, stream_of
 from onnx_decomp.program import Pass, Program
 from onnx_decomp.progress import Progress, Silent
@@ -401,7 +402,7 @@ class Run:
 def finding_passes() -> list[Pass]:
     """What looks for structure, in order; other packages add theirs by the entry point `onnx_decomp.passes`."""
     further = [entry.load()() for entry in metadata.entry_points(group="onnx_decomp.passes")]
-    return [Slicing(), Criterion(), Annealing(), *further]
+    return [Slicing(), Criterion(), Annealing(), Overlapping(), *further]
 
 
 def _moderate(array: NDArray[Any]) -> bool:

@@ -52,6 +52,7 @@ REASONS: Mapping[str, str] = {
     "function": "it lies in a function of other operator sets than the model has, or one called too often or too deep",
     "fused-attention": "the weight is inside of a fused attention; compile the model as it was before that fusion",
     "fused-operator": "the product is fused with what follows it; compile the model as it was before that fusion",
+    "overlapping-blocks": "groups of outputs read inputs of their own, some shared; the other weights are frozen",
     "independent-parts": "moving inputs shows parts that have nothing to do with each other",
     "influence-everywhere": "every part of the outputs needs every part of the inputs",
     "latency": "it was decomposed, measured, found not faster, and undone",
@@ -426,7 +427,8 @@ def _structure(program: Program, region: Region, position: int, unused: str | No
     rewrite = next((r for r in program.rewrites if r.region.name == region.name), None)
     segment = _covering(rewrite.segments, position) if rewrite else None
     found = [*by_weights, *([sliced] if sliced else [])]
-    structure = _covering(found[::-1] if segment and segment.copies else found, position)
+    slices = segment is not None and any(group in region.elastic for group in segment.copies)
+    structure = _covering(found[::-1] if slices else found, position)
     if structure is None:
         return None
     told = {"kind": structure.kind, "p": structure.p, "stability": structure.stability}

@@ -30,8 +30,8 @@ on the select part above which one more round is not worth its time."""
 class Wanted:
     """One site that is written as blocks with a correction.
 
-    old: affine map [K, N] that blocks, alone and with the correction, are kept near. rows, columns: block of each of its
-    rows and columns. readable: [K] rows of x that the correction may read.
+    old: affine map [K, N] that blocks, alone and with the correction, are kept near. rows, columns: block of each of
+    its rows and columns. readable: [K] rows of x that the correction may read.
     """
 
     old: Affine

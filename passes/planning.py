@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from onnx_decomp.axes import Region
 from onnx_decomp.cost import CostModel, cpu, cuda
-from onnx_decomp.passes.compensation import Refitted
+from onnx_decomp.passes.compensation import Refitted, View
 from onnx_decomp.passes.exact import Proven, fold_units, prove
 from onnx_decomp.passes.folding import (
     Indices,
     Layout,
     compose,
+    copies_of,
     decision_of,
     joined_orders,
     kept_flops,
@@ -184,11 +185,18 @@ class Planner:
         sites = [region.sites[at] for at in structure.sites]
         if all(self.program.evidence[site.index].kind != "estimated" for site in sites):
             return True
-        spans = partition(region, compose(region, [structure]))
+        segments = compose(region, [structure])
         return all(
-            removed_norm(self.program.affine(region.sites[at]), *spans[at]) <= VANISHED
+            removed_norm(self.program.affine(region.sites[at]), self._masked(region, segments, at)[1])
+            <= VANISHED
             for at in structure.sites
         )
+
+    def _masked(self, region: Region, segments: Sequence[Segment], at: int) -> tuple[Affine, Affine]:
+        """A site's old weights within its blocks, and the same as the graph is fed with them."""
+        view = View.of(region, segments, at)
+        blocks = masked(view.affine(self.program.affine(region.sites[at])), *partition(region, segments)[at])
+        return blocks, view.fed(blocks)
 
     # With data
 
@@ -344,6 +352,8 @@ class Planner:
 
         If "never learned" meant "harmless", it would change nothing; that it does is why a refit has to follow.
         """
+        if copies_of(candidate.segments):
+            return {}
         init, placed = self.program.init, dict[int, Affine]()
         rng = np.random.default_rng(self.program.options.seed)
         spans = partition(region, candidate.segments)
@@ -377,18 +387,19 @@ class Planner:
             unsure = self.program.structures.get(region.name)
             return Verdict(None, "estimated-null" if unsure else "no-calibration")
         candidate = self._candidate(region, compose(region, structures))
-        affine, removed = [], []
-        for site, (rows, columns) in zip(region.sites, partition(region, candidate.segments), strict=True):
-            old = self.program.affine(site)
-            removed.append(removed_norm(old, rows, columns))
-            affine.append(masked(old, rows, columns))
+        affine, placed, removed = [], [], []
+        for at, site in enumerate(region.sites):
+            blocks, fed = self._masked(region, candidate.segments, at)
+            affine.append(blocks)
+            placed.append(fed)
+            removed.append(removed_norm(self.program.affine(site), fed))
         change = before + sum(removed)
         numbers = {"change": change, "gain": candidate.gain}
         if change > self._budget(region) * self._tolerance:
             return Verdict(None, "no-calibration", numbers)
         if candidate.gain < WORTHWHILE:
             return Verdict(None, self._cost_reason(region, candidate), numbers)
-        refitted = Refitted(tuple(affine), tuple(affine), tuple(removed), tuple(removed))
+        refitted = Refitted(tuple(affine), tuple(placed), tuple(removed), tuple(removed))
         bounded = Verdict(Judged(candidate, refitted, change), numbers=numbers)
         return max(bounded, exact, key=lambda verdict: verdict.numbers.get("gain", 0.0))
 
@@ -467,7 +478,7 @@ def in_blocks(rows: Labels, columns: Labels) -> NDArray[np.bool_]:
     return mask
 
 
-def removed_norm(affine: Affine, rows: Labels, columns: Labels) -> float:
+def removed_norm(affine: Affine, left: Affine) -> float:
     """Norm of the entries that go, over the norm of the matrix."""
-    gone = np.where(in_blocks(rows, columns), np.float32(0), affine.weight)
-    return float(np.linalg.norm(gone) / max(float(np.linalg.norm(affine.weight)), 1e-30))
+    gone = float(np.linalg.norm(affine.weight - left.weight))
+    return gone / max(float(np.linalg.norm(affine.weight)), 1e-30)
