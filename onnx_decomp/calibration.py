@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from onnx_decomp import archives, guards
 from onnx_decomp.errors import CannotVerifyError, InputError
+from onnx_decomp.options import Shape
 
 Part = Literal["fit", "select", "report"]
 Feeds = dict[str, NDArray[Any]]
@@ -96,6 +97,39 @@ def synthetic(proto: onnx.ModelProto, samples: int, seed: int) -> Data:
     total = max(samples, MIN_SAMPLES, 3 * (fixed or 1))
     arrays = {item.name: _made_up(item, proto, total, rng) for item in wanted}
     return Data("synthetic", _split(arrays, total, fixed, seed), fixed)
+
+
+def shaped(proto: onnx.ModelProto, shape: Shape, seed: int) -> Feeds:
+    """Made-up inputs of the shape that is asked for, to measure time with.
+
+    Inputs that it leaves out follow by the names of their dims; the first axis is the same for all that leave it open.
+    Raises InputError where the model takes no such shape.
+    """
+    wanted = {item.name: item for item in _inputs(proto)}
+    told, sizes = dict(shape), dict[str, int]()
+    samples = 0
+    for name, dims in told.items():
+        if name not in wanted:
+            known = ", ".join(map(repr, wanted))
+            raise InputError(f"--shape {name}: no input of the model is called that; it has {known}")
+        declared = wanted[name].shape
+        fits = len(dims) == len(declared) and all(
+            have == want for want, have in zip(declared, dims, strict=True) if isinstance(want, int)
+        )
+        if not fits:
+            takes = "x".join("any" if dim is None else str(dim) for dim in declared)
+            raise InputError(
+                f"--shape {name}: {'x'.join(map(str, dims))} does not fit, the model takes {takes}"
+            )
+        sizes |= {want: have for want, have in zip(declared, dims, strict=True) if isinstance(want, str)}
+        samples = samples or dims[0]
+    rng = np.random.default_rng(seed)
+    feeds = {}
+    for name, item in wanted.items():
+        first, *rest = (dim if isinstance(dim, int) else sizes.get(dim or "") for dim in item.shape)
+        asked: tuple[int | None, ...] = told.get(name) or (first or samples, *rest)
+        feeds[name] = _made_up(_Input(name, item.dtype, asked), proto, asked[0] or samples, rng)
+    return feeds
 
 
 def _inputs(proto: onnx.ModelProto) -> list[_Input]:

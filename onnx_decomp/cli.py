@@ -20,6 +20,7 @@ from onnx_decomp.errors import DecompError, RequireChangeError, UsageError
 from onnx_decomp.flags import (
     FILE,
     Console,
+    bench_options,
     compile_options,
     debug_option,
     frontier_options,
@@ -344,6 +345,27 @@ def inspect(source: Path, as_json: bool) -> None:
         click.echo(to_json(found), nl=False)
     else:
         _show(render_inspection(found))
+
+
+@command.command()
+@click.argument("before", metavar="A.onnx", type=FILE)
+@click.argument("after", metavar="B.onnx", type=FILE)
+@bench_options
+def bench(before: Path, after: Path, json_path: Path | None, **values: Any) -> None:
+    """Compare two models: speed in turns, memory, operators, and how far their outputs are apart."""
+    piped = str(json_path) == "-"
+    _check_files({"A": before, "B": after}, {"--json": None if piped else json_path})
+
+    from onnx_decomp.benching import Asked, bench_models, render_bench, verdict
+    from onnx_decomp.report import to_json, write
+
+    found = bench_models(before, after, Asked(**values))
+    if json_path is not None and not piped:
+        write(json_path, to_json(found))
+    _show(render_bench(found))
+    _say(verdict(found))
+    if piped:
+        click.echo(to_json(found), nl=False)
 
 
 if __name__ == "__main__":

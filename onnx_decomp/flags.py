@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from onnx_decomp.errors import InputError
-from onnx_decomp.options import Metric, Objective, Options, OwnLimit, Provider
+from onnx_decomp.options import Metric, Objective, Options, OwnLimit, Provider, Shape
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 FILE_OR_FOLDER = click.Path(path_type=Path)
@@ -116,6 +116,20 @@ def _writes(
             raise click.BadParameter(f"impossible ratio {text}: give a number above 0 and up to 1")
         found.append((ratio, Path(path)))
     return tuple(found)
+
+
+def _shapes(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[Shape, ...]:
+    """NAME:DIMS, several inputs of one run joined by +, several runs by commas or given one after another."""
+    return tuple(
+        tuple(_dims(each) for each in setting.split("+")) for value in values for setting in value.split(",")
+    )
+
+
+def _dims(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, dims = text.rpartition(":")
+    if not name or not re.fullmatch(r"[1-9]\d{0,8}(x[1-9]\d{0,8})*", dims):
+        raise click.BadParameter(f"{text!r} is no shape: write INPUT:DIMS, as in x:32x128")
+    return name, tuple(map(int, dims.split("x")))
 
 
 def _script(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
@@ -353,4 +367,47 @@ frontier_options = _chain(
     click.option("--picture", metavar="FILE.svg", type=FILE, help="Draw it."),
     click.option("--latency", is_flag=True, help="Measure how fast each point of the plan is."),
     show_options,
+)
+
+shape_option = click.option(
+    "--shape",
+    "shapes",
+    metavar="INPUT:DIMS,…",
+    multiple=True,
+    callback=_shapes,
+    help="Shapes to measure, as x:1x128,x:32x128; inputs of one run joined by +.",
+)
+
+bench_options = _chain(
+    shape_option,
+    click.option(
+        "--calib", type=FILE_OR_FOLDER, callback=_existing, help="Samples to run, instead of made-up ones."
+    ),
+    click.option(
+        "--provider",
+        type=click.Choice(get_args(Provider)),
+        default="auto",
+        show_default=True,
+        help="Where both models run.",
+    ),
+    click.option("--threads", type=click.IntRange(min=1), help="Of one operator.  [default: ONNX Runtime's]"),
+    click.option(
+        "--seconds",
+        type=click.FloatRange(0.01, 3600),
+        default=2.0,
+        show_default=True,
+        help="Time for each shape.",
+    ),
+    click.option(
+        "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of made-up inputs."
+    ),
+    click.option("--cuda-graph", is_flag=True, help="On CUDA, start all kernels of a run at once."),
+    click.option(
+        "--json",
+        "json_path",
+        metavar="FILE",
+        type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+        help="Write everything as JSON; - is stdout.",
+    ),
+    debug_option,
 )

@@ -11,6 +11,8 @@ Metric = Literal["rel-l2", "cosine", "top1", "kl", "max-abs"]
 Objective = Literal["latency", "flops", "bytes"]
 OwnLimit = tuple[str, Metric | None, float | None]
 """(output, metric, tolerance) of one output; None where it is that of all outputs."""
+Shape = tuple[tuple[str, tuple[int, ...]], ...]
+"""(input, dims) of those inputs that are told; others follow by the names of their dims."""
 
 
 @dataclass(frozen=True)

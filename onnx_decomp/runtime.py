@@ -94,8 +94,13 @@ def open_session(
     folder: Path | None = None,
     prepack: bool = True,
     optimize: bool = True,
+    profile: Path | None = None,
+    cuda_graph: bool = False,
 ) -> Session:
     """Load a model.
+
+    profile: how the file starts that ONNX Runtime writes its times to. cuda_graph: on CUDA, start all kernels of a run
+    at once, as they were recorded in the first runs; inputs have to stay where they lie.
 
     threads: of one operator; None leaves it to ONNX Runtime. folder: where a ModelProto's external data lies.
     prepack: False leaves external weights in their files and makes no copies of them, slower but bounded in memory.
@@ -105,13 +110,18 @@ def open_session(
     if folder is not None:
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, str(folder.absolute()))
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    providers: list[Any] = list(_PROVIDERS[provider])
+    if cuda_graph and provider == "cuda":
+        providers[0] = (providers[0], {"enable_cuda_graph": "1"})
     try:
         source = str(model) if isinstance(model, Path) else model.SerializeToString()
         with _quiet():
             handle = ort.InferenceSession(
                 source,
                 options,
-                providers=_PROVIDERS[provider],
+                providers=providers,
                 enable_fallback=0,
                 # A Transpose of a weight, say, would be done beforehand, and its result held.
                 disabled_optimizers=[] if prepack else ["ConstantFolding"],

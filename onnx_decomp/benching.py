@@ -1,0 +1,276 @@
+"""Two models side by side: how fast, how much memory, which operators, and how far their outputs are apart."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnx_decomp import calibration, model_io
+from onnx_decomp.errors import InputError
+from onnx_decomp.latency import Latency, compare
+from onnx_decomp.metrics import compare_outputs
+from onnx_decomp.model_io import ModelFile
+from onnx_decomp.options import Provider, Shape
+from onnx_decomp.report import versions
+from onnx_decomp.runtime import Arrays, Device, Session, open_session, resolve_provider
+from onnx_decomp.terminal import printable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+SCHEMA = "onnx-decomp-bench/1"
+
+SAMPLES = 128
+"""Of one run, where no shape is asked for and the model leaves that open."""
+
+PROFILED = 10
+"""Runs that a profile is taken over."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What two models are compared on, and how."""
+
+    shapes: tuple[Shape, ...] = ()
+    calib: Path | None = None
+    provider: Provider = "auto"
+    threads: int | None = None
+    seconds: float = 2.0
+    seed: int = 0
+    cuda_graph: bool = False
+
+
+def bench_models(before: Path, after: Path, asked: Asked) -> dict[str, Any]:
+    """Everything about the two, as plain data.
+
+    Raises InputError for models with different inputs or outputs, CannotVerifyError for those that do not run,
+    ProviderError where the provider does not work.
+    """
+    provider = resolve_provider(asked.provider)
+    models = [model_io.load(path) for path in (before, after)]
+    sessions = [_session(model, provider, asked) for model in models]
+    ports = [{(port.name, port.dtype) for port in (*each.inputs, *each.outputs)} for each in sessions]
+    if odd := ports[0] ^ ports[1]:
+        name, dtype = min(odd)
+        raise InputError(f"{after}: {name!r} ({dtype}) is an input or output of one of the models only")
+    settings = _settings(models[0], asked)
+    timed = [_timed(sessions, name, feeds, asked) for name, feeds in settings.items()]
+    feeds = next(iter(settings.values()))
+    return {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "provider": provider,
+        "threads": asked.threads,
+        "cuda_graph": asked.cuda_graph,
+        "models": [
+            _described(path, model, feeds, provider, asked)
+            for path, model in zip((before, after), models, strict=True)
+        ],
+        "shapes": timed,
+        "operators": _profiles(models, feeds, provider, asked),
+    }
+
+
+def _settings(model: ModelFile, asked: Asked) -> dict[str, calibration.Feeds]:
+    """Inputs by what they are called: for each shape that was asked for, else samples as they come."""
+    if asked.shapes:
+        return {
+            shape_name(shape): calibration.shaped(model.proto, shape, asked.seed) for shape in asked.shapes
+        }
+    if asked.calib is not None:
+        data = calibration.load(asked.calib, model.proto, asked.seed)
+    else:
+        data = calibration.synthetic(model.proto, 5 * SAMPLES, asked.seed)
+    feeds = next(data.batches("report", SAMPLES))
+    return {f"{len(next(iter(feeds.values())))} samples": feeds}
+
+
+def shape_name(shape: Shape) -> str:
+    """As it is written on the command line."""
+    return "+".join(f"{name}:{'x'.join(map(str, dims))}" for name, dims in shape)
+
+
+def _session(model: ModelFile, provider: Device, asked: Asked, profile: Path | None = None) -> Session:
+    assert model.path is not None
+    return open_session(
+        model.path,
+        provider=provider,
+        threads=asked.threads,
+        profile=profile,
+        cuda_graph=asked.cuda_graph and profile is None,
+    )
+
+
+def _timed(sessions: Sequence[Session], name: str, feeds: Arrays, asked: Asked) -> dict[str, Any]:
+    """One shape: both models in turns, and how far their outputs are apart."""
+    outputs = [(sessions[0].run(feeds), sessions[1].run(feeds))]
+    found: Latency = compare(sessions[0], sessions[1], feeds, seconds=asked.seconds, seed=asked.seed)
+    per_second = [found.samples / ms * 1e3 for ms in (found.before_ms, found.after_ms)]
+    return {
+        "shape": name,
+        **asdict(found),
+        "samples_per_second": per_second,
+        "change": compare_outputs(outputs, "rel-l2").largest,
+    }
+
+
+def _described(path: Path, model: ModelFile, feeds: Arrays, provider: Device, asked: Asked) -> dict[str, Any]:
+    return {
+        "path": str(path),
+        "sha256": model.sha256,
+        "bytes": model.size,
+        "parameters": model_io.parameters(model.proto),
+        "peak_bytes": _alone(path, feeds, provider, asked.threads),
+    }
+
+
+# Memory
+
+
+def _alone(path: Path, feeds: Arrays, provider: Device, threads: int | None) -> int | None:
+    """Peak resident memory of a process that does no more than load the model and run it; None where unknown."""
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, context) as pool:
+            return pool.submit(_peak, path, dict(feeds), provider, threads).result()
+    except (BrokenProcessPool, OSError):
+        return None
+
+
+def _peak(path: Path, feeds: Arrays, provider: Device, threads: int | None) -> int | None:
+    session = open_session(path, provider=provider, threads=threads)
+    for _ in range(3):
+        session.run(feeds)
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return None if found is None else int(found[1]) * 1024
+
+
+# Operators
+
+
+def _profiles(
+    models: Sequence[ModelFile], feeds: Arrays, provider: Device, asked: Asked
+) -> list[dict[str, Any]]:
+    """For each operator of the optimized models: how many there are, on which provider, and microseconds of a run."""
+    found = [_profile(model, feeds, provider, asked) for model in models]
+    none = {"nodes": 0, "microseconds": 0.0}
+    rows = [
+        {
+            "operator": operator,
+            "provider": where,
+            "before": found[0].get((operator, where), none),
+            "after": found[1].get((operator, where), none),
+        }
+        for operator, where in dict.fromkeys([*found[0], *found[1]])
+    ]
+    return sorted(rows, key=lambda row: -row["before"]["microseconds"])
+
+
+def _profile(
+    model: ModelFile, feeds: Arrays, provider: Device, asked: Asked
+) -> dict[tuple[str, str], dict[str, float]]:
+    """By operator and provider: nodes, and the median over runs of the time that they take together."""
+    with TemporaryDirectory() as folder:
+        session = _session(model, provider, asked, Path(folder) / "profile")
+        for _ in range(PROFILED + 1):
+            session.run(feeds)
+        events = json.loads(Path(session.handle.end_profiling()).read_text(encoding="utf-8"))
+    times: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for event in events:
+        told = event.get("args", {})
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            key = told["op_name"], told["provider"].removesuffix("ExecutionProvider").lower()
+            times.setdefault(key, {}).setdefault(event["name"], []).append(event["dur"])
+    return {
+        # The first run also finds memory and algorithms.
+        key: {"nodes": len(nodes), "microseconds": float(sum(np.median(runs[1:]) for runs in nodes.values()))}
+        for key, nodes in times.items()
+    }
+
+
+# Shown
+
+
+def render_bench(found: Mapping[str, Any]) -> RenderableType:
+    """Three tables: speed, size, operators."""
+    from rich.console import Group
+
+    return Group(_speeds(found), _sizes(found), _operators(found))
+
+
+def _table(title: str, *headings: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for at, heading in enumerate(headings):
+        table.add_column(heading, overflow="fold", justify="right" if at else "left")
+    return table
+
+
+def _speeds(found: Mapping[str, Any]) -> Table:
+    threads = "default threads" if found["threads"] is None else f"{found['threads']} threads"
+    where = f"{found['provider']}, {threads}{', CUDA graph' if found['cuda_graph'] else ''}"
+    table = _table(f"speed ({where})", "input", "A ms", "B ms", "A / B [95 %]", "A /s", "B /s", "B - A")
+    for row in found["shapes"]:
+        low, high = row["interval"]
+        table.add_row(
+            printable(row["shape"]),
+            f"{row['before_ms']:.3g}",
+            f"{row['after_ms']:.3g}",
+            f"{row['speedup']:.2f} [{low:.2f}, {high:.2f}]",
+            *(f"{value:,.0f}" for value in row["samples_per_second"]),
+            f"{row['change']:.1e}",
+        )
+    return table
+
+
+def _sizes(found: Mapping[str, Any]) -> Table:
+    table = _table("size", "model", "file", "parameters", "peak memory")
+    for letter, model in zip("AB", found["models"], strict=True):
+        peak = "-" if model["peak_bytes"] is None else f"{model['peak_bytes'] / 2**20:,.0f} MiB"
+        size = f"{model['bytes'] / 2**20:,.1f} MiB"
+        table.add_row(f"{letter} {printable(model['path'])}", size, f"{model['parameters']:,}", peak)
+    return table
+
+
+def _operators(found: Mapping[str, Any]) -> Table:
+    table = _table("operators, as optimized", "operator", "on", "A", "B", "A us", "B us")
+    for row in found["operators"]:
+        sides = row["before"], row["after"]
+        table.add_row(
+            printable(row["operator"]),
+            row["provider"],
+            *(f"{side['nodes']}" for side in sides),
+            *(f"{side['microseconds']:,.0f}" for side in sides),
+        )
+    return table
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """One line: the worst shape, and what does not run where it should."""
+    worst = min(found["shapes"], key=lambda row: row["interval"][0])
+    low, high = worst["interval"]
+    line = f"B is {worst['speedup']:.2f} times as fast as A [{low:.2f}, {high:.2f}]"
+    if len(found["shapes"]) > 1:
+        line += f" at its worst shape, {worst['shape']}"
+    strays = sorted({row["operator"] for row in found["operators"] if _strays(row, found["provider"])})
+    return line + (f"; B has operators that fall back to the CPU: {', '.join(strays)}" if strays else "")
+
+
+def _strays(row: Mapping[str, Any], provider: str) -> bool:
+    return bool(row["provider"] != provider and row["after"]["nodes"])
