@@ -182,6 +182,7 @@ def _inputs(source: Path, options: Options) -> dict[str, Path | None]:
         "--init": options.init,
         "--calib": options.calib,
         "--replay": options.replay,
+        "--cost": options.cost,
         "--evaluate": Path(options.evaluate.rpartition(":")[0]) if options.evaluate else None,
     }
 

@@ -1,16 +1,25 @@
 """Predicted time of each form of a layer, in microseconds: what the plan goes by before anything is measured.
 
-The CPU figures are fitted to 72 cases measured on one thread of an AVX-512 machine (mean error 10 to 15 %); the GPU
-ones are a roofline, not a measurement. docs/benchmarks.md holds them against what another machine measures. They rank
-forms; the latency gate measures the one that ranks first.
+A few parameters for each provider and type, from tables (tables/*.json; those for CUDA are a roofline until they are
+measured). `onnx-decomp bench --calibrate` fits them to the machine that it runs on. They rank forms; the latency gate
+measures the one that ranks first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import resources
 from itertools import pairwise
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
+
+from onnx_decomp.errors import InputError
+
+SCHEMA = "onnx-decomp-cost/1"
 
 Layer = Sequence[tuple[int, ...]]
 """The blocks of one layer, each by the widths it passes through: inputs, the rank between where it is written as two
@@ -51,17 +60,17 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True)
 class CPU:
-    """One thread, float32."""
+    """One thread."""
 
-    flops: float = 95e3
+    flops: float
     """Per microsecond, in a large MatMul."""
-    node: float = 3.0
+    node: float
     """Microseconds of one more operator in a model whose weights don't all fit in the cache."""
-    copy: float = 0.8e-3
+    copy: float
     """Microseconds to move one element in Split, Concat or Transpose."""
-    stream: float = 12e3
+    stream: float
     """Bytes of weights per microsecond: what bounds a single row."""
-    column: float = 2.5e-3
+    column: float
     """Microseconds to move one element when single columns are gathered, as rows between two Transposes."""
 
     def dense(self, T: int, K: int, N: int) -> float:
@@ -83,7 +92,7 @@ class CPU:
         return self.node * nodes + moved + self._product(T, weights, 8)
 
     def gather(self, T: int, width: int, run: int) -> float:
-        return 3 * self.node + T * width * (self.column / run + 1e-3)
+        return 3 * self.node + T * width * (self.column / run + self.copy)
 
     def _product(self, T: int, weights: int, overhead: float) -> float:
         """Time of products: FLOPs with an overhead for few rows, or the weights' way from memory."""
@@ -94,17 +103,17 @@ class CPU:
 
 @dataclass(frozen=True)
 class CUDA:
-    """One H200, float16, run eagerly: estimated from its data sheet, not measured."""
+    """One GPU, run eagerly."""
 
-    flops: float = 0.85 * 790e6
-    """Per microsecond: 85 % of the peak."""
-    bandwidth: float = 0.85 * 4.8e6
+    flops: float
+    """Per microsecond, in a large MatMul."""
+    bandwidth: float
     """Bytes per microsecond for operands."""
-    copies: float = 0.6 * 4.8e6
+    copies: float
     """Bytes per microsecond of Split, Concat and Transpose."""
-    kernel: float = 5.0
+    kernel: float
     """Microseconds between kernels started one by one; 2 where they are captured in a graph."""
-    element: int = 2
+    element: float
     """Bytes."""
 
     def dense(self, T: int, K: int, N: int) -> float:
@@ -138,9 +147,62 @@ class CUDA:
         return max(self.kernel, 2 * self.element * elements / self.copies)
 
 
-def cpu() -> CPU:
-    return CPU()
+KINDS: Mapping[str, type[CPU] | type[CUDA]] = {"cpu": CPU, "cuda": CUDA}
 
 
-def cuda() -> CUDA:
-    return CUDA()
+def model_for(provider: str, dtype: str = "float32", path: Path | None = None) -> CostModel:
+    """The model of a provider for products of a type, from the user's own table or the one that comes along.
+
+    A type that has no table takes that of the first one. Raises InputError for a file that is no such table.
+    """
+    return _choose(_shipped(provider) if path is None else read(path, provider), provider, dtype)
+
+
+def cpu() -> CostModel:
+    return model_for("cpu")
+
+
+def cuda() -> CostModel:
+    return model_for("cuda", "float16")
+
+
+@cache
+def _shipped(provider: str) -> dict[str, Any]:
+    text = resources.files("onnx_decomp.tables").joinpath(f"{provider}.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def read(path: Path, provider: str) -> dict[str, Any]:
+    """A table of the user's. Raises InputError where it can't be one, or is of another provider."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a readable JSON file: {error}") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path}: not a cost table: make one with `onnx-decomp bench --calibrate {path.name}`"
+        )
+    if found.get("provider") != provider:
+        raise InputError(f"{path}: a table of {found.get('provider')!r}, the model is for {provider!r}")
+    tables = found.get("tables")
+    wanted = {field.name for field in fields(KINDS[provider])}
+    fits = isinstance(tables, dict) and all(_is_table(table, wanted) for table in tables.values())
+    if not (fits and tables):
+        raise InputError(
+            f"{path}: each of its tables has to give numbers above 0 for {', '.join(sorted(wanted))}"
+        )
+    return found
+
+
+def _is_table(table: object, wanted: set[str]) -> bool:
+    return (
+        isinstance(table, dict)
+        and set(table) == wanted
+        and all(type(v) in (int, float) and 0 < v < math.inf for v in table.values())
+    )
+
+
+def _choose(found: Mapping[str, Any], provider: str, dtype: str) -> CostModel:
+    tables = found["tables"]
+    return KINDS[provider](**tables.get(dtype, next(iter(tables.values()))))

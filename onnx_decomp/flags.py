@@ -295,6 +295,13 @@ model_options = _chain(
         help="Processes that matrices are spread over.",
     ),
     click.option("--scheduler", metavar="ADDRESS", help="Dask cluster to spread them over instead."),
+    click.option(
+        "--cost",
+        metavar="FILE.json",
+        type=FILE,
+        callback=_existing,
+        help="Cost model of your machine, made by bench --calibrate.",
+    ),
 )
 """What a model is looked at with, whatever is made of it."""
 

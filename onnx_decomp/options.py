@@ -39,6 +39,7 @@ class Options:
     require_change: bool = False
     force: bool = False
     jobs: int = 1
+    cost: Path | None = None  # table of the cost model, made by `bench --calibrate`
     scheduler: str | None = None  # address of a Dask cluster, which does the jobs instead
     dry_run: bool = False
     progress: bool = False

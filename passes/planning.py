@@ -10,6 +10,7 @@ alone bound is considered.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_decomp.axes import Region
-from onnx_decomp.cost import CostModel, cpu, cuda
+from onnx_decomp.cost import CostModel, model_for
 from onnx_decomp.passes.compensation import Refitted, View
 from onnx_decomp.passes.exact import Proven, fold_units, prove
 from onnx_decomp.passes.folding import (
@@ -144,7 +145,7 @@ class Planner:
     search: Search = field(init=False)
 
     def __post_init__(self) -> None:
-        self.cost = cuda() if self.program.target == "cuda" else cpu()
+        self.cost = model_for(self.program.target, self._type(), self.program.options.cost)
         kept = self.program.memory.get("search")
         usable = [region for region in self.program.regions if self._refusal(region) is None]
         if isinstance(kept, Search):
@@ -154,6 +155,14 @@ class Planner:
                 self.program, usable, self.cost, Judge(self.program), self.reduce, self.reduce
             )
         self.program.memory["search"] = self.search
+
+    def _type(self) -> str:
+        """That most of the products are computed in."""
+        flops = Counter[str]()
+        for region in self.program.regions:
+            for site in region.sites:
+                flops[str(site.dtype)] += site.flops
+        return flops.most_common(1)[0][0] if flops else "float32"
 
     def plan(self) -> Verdicts:
         """What becomes of every region."""
