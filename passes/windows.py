@@ -53,6 +53,7 @@ def find_windows(support: Mask, width: NDArray[np.intp]) -> Windows | None:
     for groups in range(2, MOST_BLOCKS + 1):
         labels = fcluster(tree, groups, "maxclust")[of.ravel()] - 1
         members = np.stack([support[labels == group].any(axis=0) for group in range(labels.max() + 1)])
+        members[~members.any(axis=1), 0] = True  # outputs that read nothing are in a block even so
         cost = float(members.sum(1) @ np.bincount(labels, width)) + BLOCK * total * len(members)
         if len(members) > 1 and cost < least:
             least, best = cost, Windows(labels.astype(np.int32), members)
