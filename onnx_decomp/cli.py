@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from onnx_decomp.frontiers import Frontier
     from onnx_decomp.model_io import ModelFile
-    from onnx_decomp.options import Options
+    from onnx_decomp.options import Options, Provider
 
 NAME = "onnx-decomp"
 EXIT_INTERNAL, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -349,11 +349,30 @@ def inspect(source: Path, as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("before", metavar="A.onnx", type=FILE)
-@click.argument("after", metavar="B.onnx", type=FILE)
+@click.argument("before", metavar="A.onnx", type=FILE, required=False)
+@click.argument("after", metavar="B.onnx", type=FILE, required=False)
 @bench_options
-def bench(before: Path, after: Path, json_path: Path | None, **values: Any) -> None:
-    """Compare two models: speed in turns, memory, operators, and how far their outputs are apart."""
+def bench(
+    before: Path | None,
+    after: Path | None,
+    json_path: Path | None,
+    calibrate: Path | None,
+    dtype: str,
+    **values: Any,
+) -> None:
+    """Compare two models: speed in turns, memory, operators, and how far their outputs are apart.
+
+    With --calibrate FILE.json and no models: fit the cost model to this machine.
+    """
+    if calibrate is not None:
+        if before is not None:
+            raise UsageError("--calibrate takes no models: it makes its own")
+        _calibrate(calibrate, values["provider"], dtype, values["threads"])
+        return
+    if before is None or after is None:
+        raise click.UsageError(
+            "Missing argument: name two models, A.onnx B.onnx, or try --calibrate FILE.json"
+        )
     piped = str(json_path) == "-"
     _check_files({"A": before, "B": after}, {"--json": None if piped else json_path})
 
@@ -367,6 +386,21 @@ def bench(before: Path, after: Path, json_path: Path | None, **values: Any) -> N
     _say(verdict(found))
     if piped:
         click.echo(to_json(found), nl=False)
+
+
+def _calibrate(path: Path, asked: Provider, dtype: str, threads: int | None) -> None:
+    _check_files({}, {"--calibrate": path})
+
+    from onnx_decomp.calibrating import calibrate
+    from onnx_decomp.report import to_json, write
+    from onnx_decomp.runtime import resolve_provider
+
+    with _watching(sys.stderr.isatty()) as progress:
+        found = calibrate(resolve_provider(asked), dtype, threads, progress=progress)
+    write(path, to_json(found))
+    before, after = (found["median_error"][when] for when in ("before", "after"))
+    _say(f"median error of predicted times {after:.0%} (was {before:.0%}), on cases that were not fitted")
+    _say(f"wrote {path}: give it to --cost")
 
 
 if __name__ == "__main__":

@@ -408,6 +408,16 @@ bench_options = _chain(
     click.option(
         "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of made-up inputs."
     ),
+    click.option(
+        "--calibrate", metavar="FILE.json", type=FILE, help="Fit the cost model to this machine, for --cost."
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(("float32", "float16")),
+        default="float32",
+        show_default=True,
+        help="Of the products that --calibrate times.",
+    ),
     click.option("--cuda-graph", is_flag=True, help="On CUDA, start all kernels of a run at once."),
     click.option(
         "--json",

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnx_decomp.cost import CostModel, cpu, cuda
+from onnx_decomp import calibrating
+from onnx_decomp.cost import CPU, SCHEMA, CostModel, cpu, cuda, model_for
+from onnx_decomp.errors import InputError
+from onnx_decomp.passes.folding import Layout
+from onnx_decomp.passes.pricing import region_time
+from tests.test_splitting import index_of, only_region
 
 SIZES = st.integers(8, 512).map(lambda n: 8 * n)
 
@@ -66,3 +75,75 @@ def test_times_grow_with_sizes(cost: CostModel, T: int, K: int, N: int) -> None:
     assert cost.parallel(T, [(K, N)] * 2) <= cost.parallel(T, [(K, N), (2 * K, N)])
     assert cost.batched(T, 2, K, N) <= cost.batched(T, 4, K, N)
     assert cost.gather(T, K, 1) >= cost.gather(T, K, 32)
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_of_the_user_is_used(tmp_path: Path) -> None:
+    told = {"flops": 1e3, "node": 1.0, "copy": 1e-3, "stream": 1e4, "column": 1e-3}
+    path = tmp_path / "cost.json"
+    path.write_text(json.dumps({"schema": SCHEMA, "provider": "cpu", "tables": {"float32": told}}), "utf-8")
+    assert model_for("cpu", "float32", path) == CPU(**told)
+    assert model_for("cpu", "float16", path) == CPU(**told), "a type without a table takes the first"
+    assert model_for("cpu") != CPU(**told)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a readable JSON file"),
+        ("[]", "not a cost table"),
+        ('{"schema": "onnx-decomp-cost/1", "provider": "cuda"}', "a table of 'cuda', the model is for 'cpu'"),
+        (
+            '{"schema": "onnx-decomp-cost/1", "provider": "cpu", "tables": {}}',
+            "numbers above 0 for column, copy",
+        ),
+        (
+            '{"schema": "onnx-decomp-cost/1", "provider": "cpu", "tables": {"float32": {"flops": 1}}}',
+            "above 0",
+        ),
+        (
+            '{"schema": "onnx-decomp-cost/1", "provider": "cpu", "tables": {"float32":'
+            ' {"flops": -1, "node": 1, "copy": 1, "stream": 1, "column": NaN}}}',
+            "above 0",
+        ),
+    ],
+)
+def test_files_that_are_no_table(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "cost.json"
+    path.write_text(text, "utf-8")
+    with pytest.raises(InputError, match=message):
+        model_for("cpu", "float32", path)
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_every_type_has_a_model(provider: str, dtype: str) -> None:
+    assert model_for(provider, dtype).dense(128, 1024, 1024) > 0
+
+
+def test_a_fit_finds_the_parameters_that_made_the_times() -> None:
+    """Times that a model of another machine predicts, some of them wrong by half."""
+    truth, rng = CPU(flops=3e5, node=1.0, copy=2e-4, stream=4e4, column=6e-4), np.random.default_rng(0)
+    cases = []
+    for widths in calibrating.WIDTHS:
+        region = only_region(index_of(calibrating._network(widths, "float32")))
+        for blocks, segment in calibrating._segments(region, False):
+            for rows in calibrating.ROWS["cpu"]:
+                layout = Layout.of(region, (segment,))
+                time = region_time(truth, rows, layout) * np.exp(0.05 * rng.standard_normal())
+                wrong = 1.5 if rng.random() < 0.05 else 1.0
+                cases.append(calibrating.Case(widths, blocks, segment.form, rows, layout, time * wrong))
+    found = calibrating.fit(cpu(), cases)
+    for name in ("flops", "node", "copy", "stream", "column"):
+        assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=0.25), name
+    assert np.median(calibrating.errors(found, cases)) < 0.06
+
+
+def test_calibrating_this_machine() -> None:
+    found = calibrating.calibrate("cpu", "float32", 1, quick=True)
+    assert {case["form"] for case in found["cases"]} == {"dense", "parallel", "batched"}
+    assert found["median_error"]["after"] < 1.0
+    assert set(found["tables"]) == {"float32"}
+    assert all(value > 0 for value in found["tables"]["float32"].values())
