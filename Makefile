@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test validate lint bench
+.PHONY: help run test validate lint bench bench-cuda
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(READY) ## Decompose the example models and show what came of it
 	@$(BIN)/python -m models.demo
@@ -30,6 +30,9 @@ lint: $(READY) ## Check style, types and the direction of imports
 
 bench: $(READY) ## Measure the example models: FLOPs, error, latency
 	@$(BIN)/python -m models.bench
+
+bench-cuda: $(READY) ## Measure every form on a GPU; says what is missing where there is none
+	@$(BIN)/python -m models.bench_cuda
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

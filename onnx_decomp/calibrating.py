@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from onnx_decomp.axes import Region, find_regions
 from onnx_decomp.cost import CostModel
 from onnx_decomp.graph_index import GraphIndex
 from onnx_decomp.latency import compare
-from onnx_decomp.passes.folding import Layout, compose, forms, partition
+from onnx_decomp.passes.folding import Layout, compose, decision_of, forms, partition
 from onnx_decomp.passes.pricing import region_time
 from onnx_decomp.passes.ridge import masked
 from onnx_decomp.passes.splitting import emit
@@ -128,25 +129,25 @@ def _cases(
     empty = _opened(_nothing(dtype), provider, threads)
     for number, each in enumerate(widths):
         progress.advance(number, len(widths))
-        index = GraphIndex.build(_network(each, dtype), numpy_helper.to_array)
+        index = GraphIndex.build(network(each, dtype), numpy_helper.to_array)
         (region,) = find_regions(index, find_sites(index))
         dense = _opened(index.proto, provider, threads)
-        written = [
-            (blocks, segment, _opened(_written(index, region, segment, provider), provider, threads))
+        others = [
+            (blocks, segment, _opened(written(index, region, (segment,), provider), provider, threads))
             for blocks, segment in _segments(region, quick)
         ]
         for count in rows:
-            x = np.random.default_rng(count).standard_normal((count, each[0])).astype(dtype)
+            x = np.random.default_rng(count).standard_normal((count, each[0])).astype(numpy_type(dtype))
             call = _milliseconds(empty, empty, {"x": x[:, :1]})[0]
             before = []
-            for blocks, segment, session in written:
+            for blocks, segment, session in others:
                 times = _milliseconds(dense, session, {"x": x})
                 before.append(times[0])
                 layout = Layout.of(region, (segment,))
                 measured = max((times[1] - call) * 1e3, 0.1)
                 yield Case(each, blocks, segment.form, count, layout, measured)
             whole = max((float(np.median(before)) - call) * 1e3, 0.1)
-            yield Case(each, 1, "dense", count, Layout.of(region, _dense(region)), whole)
+            yield Case(each, 1, "dense", count, Layout.of(region, compose(region)), whole)
 
 
 def _milliseconds(before: Session, after: Session, feeds: Mapping[str, NDArray[Any]]) -> tuple[float, float]:
@@ -156,10 +157,6 @@ def _milliseconds(before: Session, after: Session, feeds: Mapping[str, NDArray[A
 
 def _opened(model: onnx.ModelProto, provider: Device, threads: int | None) -> Session:
     return open_session(model, provider=provider, threads=threads)
-
-
-def _dense(region: Region) -> tuple[Segment, ...]:
-    return compose(region)
 
 
 def _segments(region: Region, quick: bool) -> Iterator[tuple[int, Segment]]:
@@ -179,35 +176,48 @@ def _labels(size: int, blocks: int, run: int) -> NDArray[np.int32]:
     return (at * blocks // size if not run else at // run % blocks).astype(np.int32)
 
 
-def _written(index: GraphIndex, region: Region, segment: Segment, provider: Device) -> onnx.ModelProto:
-    spans = partition(region, (segment,))
-    affine = tuple(
-        masked(read_affine(index, site), *span) for site, span in zip(region.sites, spans, strict=True)
-    )
-    return emit(index, [Rewrite(region, (segment,), affine, "split", "applied")], OPSET, provider)
+def written(
+    index: GraphIndex, region: Region, segments: Sequence[Segment], provider: Device
+) -> onnx.ModelProto:
+    """A network with its only region in these segments; corrections, where they say so, of its whole weights."""
+    whole = [read_affine(index, site) for site in region.sites]
+    affine = tuple(masked(each, *span) for each, span in zip(whole, partition(region, segments), strict=True))
+    corrections = {at: whole[at].weight for segment in segments for at in segment.corrections}
+    outcome = decision_of(region, segments)
+    rewrite = Rewrite(region, tuple(segments), affine, outcome, "applied", corrections=corrections)
+    return emit(index, [rewrite], OPSET, provider)
 
 
-def _network(widths: Sequence[int], dtype: str) -> onnx.ModelProto:
-    """Gemms of these widths, with a Relu between two of them."""
-    rng, kind = np.random.default_rng(0), _kind(dtype)
+def network(widths: Sequence[int], dtype: str) -> onnx.ModelProto:
+    """Dense layers of these widths with biases, and a Relu between two of them."""
+    rng, kind = np.random.default_rng(0), numpy_type(dtype)
     nodes, stored, last = [], [], "x"
     for at, (k, n) in enumerate(pairwise(widths)):
+        weight = rng.standard_normal((k, n), np.float32) / np.sqrt(np.float32(k))
+        arrays = {f"W{at}": weight.astype(kind), f"b{at}": np.zeros(n, kind)}
+        stored += [numpy_helper.from_array(array, name) for name, array in arrays.items()]
         made = "y" if at == len(widths) - 2 else f"h{at}"
-        arrays = rng.standard_normal((k, n)) / np.sqrt(k), np.zeros(n)
-        for name, array in zip((f"W{at}", f"b{at}"), arrays, strict=True):
-            stored.append(numpy_helper.from_array(array.astype(helper.tensor_dtype_to_np_dtype(kind)), name))
-        nodes.append(helper.make_node("Gemm", [last, f"W{at}", f"b{at}"], [made], name=f"layer{at}"))
+        nodes.append(helper.make_node("MatMul", [last, f"W{at}"], [f"p{at}"], name=f"layer{at}"))
+        nodes.append(helper.make_node("Add", [f"p{at}", f"b{at}"], [made], name=f"bias{at}"))
         last = made
         if made != "y":
             last = f"a{at}"
             nodes.append(helper.make_node("Relu", [made], [last], name=f"relu{at}"))
-    return _model(nodes, kind, widths[0], kind, [None, widths[-1]], stored)
+    element = helper.np_dtype_to_tensor_dtype(kind)
+    return _model(nodes, element, widths[0], element, ["batch", widths[-1]], stored)
+
+
+def numpy_type(dtype: str) -> np.dtype[Any]:
+    """Of a name; numpy itself knows no bfloat16."""
+    return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
 def _nothing(dtype: str) -> onnx.ModelProto:
     """The shape of x and no more: what a call of the runtime takes by itself."""
     shape = helper.make_node("Shape", ["x"], ["y"])
-    return _model([shape], _kind(dtype), 1, onnx.TensorProto.INT64, [2], [])
+    return _model(
+        [shape], helper.np_dtype_to_tensor_dtype(numpy_type(dtype)), 1, onnx.TensorProto.INT64, [2], []
+    )
 
 
 def _model(
@@ -215,14 +225,10 @@ def _model(
     kind: int,
     width: int,
     made: int,
-    shape: Sequence[int | None],
+    shape: Sequence[int | str],
     stored: Sequence[onnx.TensorProto],
 ) -> onnx.ModelProto:
     x = helper.make_tensor_value_info("x", kind, ["batch", width])
     y = helper.make_tensor_value_info("y", made, list(shape))
     graph = helper.make_graph(list(nodes), "calibration", [x], [y], list(stored))
     return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", OPSET)])
-
-
-def _kind(dtype: str) -> int:
-    return int(getattr(onnx.TensorProto, {"float32": "FLOAT", "float16": "FLOAT16"}[dtype]))

@@ -14,6 +14,7 @@ from rich.console import Console
 from models import (
     bench,
     bench_compile,
+    bench_cuda,
     bench_decision,
     bench_forms,
     bench_networks,
@@ -23,6 +24,7 @@ from models import (
 from models.bench_common import machine, markdown, table
 from models.networks import EVERY, Network
 from models.planted import INPUT, Planted, build
+from onnx_decomp.runtime import cuda_problem
 
 
 def planted_row(share: float, flops: float, speedup: float) -> bench_planted.Row:
@@ -159,3 +161,34 @@ def test_every_section_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     section = bench.Section("nothing", lambda _: [], bench_compile.tables)
     monkeypatch.setattr(bench, "SECTIONS", {"compile": section})
     assert bench.run(["compile"], True, console).figures["sections"] == {"compile": []}
+
+
+NAMES = ["chain", "chain + rank", "batched", "batched + rank", "reduced to 1/2"]
+
+
+def test_every_form_is_timed_as_on_a_gpu() -> None:
+    """The suite for CUDA, on the CPU provider: what is measured, not how fast it is."""
+    sizes = bench_cuda.Sizes(((64, 128, 64),), (8,), (2,), ("float32",), 0.01)
+    rows = list(bench_cuda.measure("cpu", sizes))
+    assert [row.form for row in rows] == NAMES
+    assert {row.cuda_graph for row in rows} == {False}
+    assert rows[0].ideal == 2.0
+    assert rows[1].ideal == pytest.approx(2 * 64 * 128 / (64 * 128 + 2 * 4 * 192))
+    assert rows[4].ideal == 2.0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(cuda_problem() is not None, reason=f"no CUDA: {cuda_problem()}")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_every_form_runs_on_a_gpu(dtype: str) -> None:
+    sizes = bench_cuda.Sizes(((256, 512, 256),), (8, 64), (4,), (dtype,), 0.05)
+    rows = list(bench_cuda.measure("cuda", sizes))
+    assert [row.form for row in rows] == NAMES * 4
+    assert [row.cuda_graph for row in rows] == [False] * 10 + [True] * 10
+
+
+def test_without_a_gpu_the_reason_is_told() -> None:
+    if cuda_problem() is not None:
+        found = CliRunner().invoke(bench_cuda.main, ["--quick"])
+        assert (found.exit_code, found.output.count("\n")) == (7, 1)
+        assert "not measured: CUDA is not available" in found.output

@@ -128,7 +128,7 @@ def test_a_fit_finds_the_parameters_that_made_the_times() -> None:
     truth, rng = CPU(flops=3e5, node=1.0, copy=2e-4, stream=4e4, column=6e-4), np.random.default_rng(0)
     cases = []
     for widths in calibrating.WIDTHS:
-        region = only_region(index_of(calibrating._network(widths, "float32")))
+        region = only_region(index_of(calibrating.network(widths, "float32")))
         for blocks, segment in calibrating._segments(region, False):
             for rows in calibrating.ROWS["cpu"]:
                 layout = Layout.of(region, (segment,))
