@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +61,7 @@ class Slicing:
                 self._slice(program, region, probe)
 
     def _slice(self, program: Program, region: Region, probe: Probe) -> None:
-        forward = Forward(program.index, region)
+        forward = Forward(program.index, region, program.source.folder)
         x = self._entry(program, region, probe, "fit")
         rng = np.random.default_rng(program.options.seed)
         fields = fields_of(x)
@@ -122,9 +123,10 @@ def sliceable(region: Region) -> bool:
 class Forward:
     """A region by itself: x [S, ..., K] to all its outputs side by side, [S, ..., N]."""
 
-    def __init__(self, index: GraphIndex, region: Region) -> None:
+    def __init__(self, index: GraphIndex, region: Region, folder: Path | None = None) -> None:
+        """folder: where external data lies."""
         self._region, self._type = region, region.sites[0].dtype
-        self._probe = Probe(index, region.sites, None, region=region)
+        self._probe = Probe(index, region.sites, folder, region=region)
         ends = np.cumsum([len(region.carriers[name].units) for name in region.exits])
         self.splits = tuple(int(end) for end in ends)
 
