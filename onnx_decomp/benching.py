@@ -20,7 +20,7 @@ from onnx_decomp.errors import InputError
 from onnx_decomp.latency import Latency, compare
 from onnx_decomp.metrics import compare_outputs
 from onnx_decomp.model_io import ModelFile
-from onnx_decomp.options import Provider, Shape
+from onnx_decomp.options import Provider, Shape, shape_name
 from onnx_decomp.report import versions
 from onnx_decomp.runtime import Arrays, Device, Session, open_session, resolve_provider
 from onnx_decomp.terminal import printable
@@ -94,11 +94,6 @@ def _settings(model: ModelFile, asked: Asked) -> dict[str, calibration.Feeds]:
         data = calibration.synthetic(model.proto, 5 * SAMPLES, asked.seed)
     feeds = next(data.batches("report", SAMPLES))
     return {f"{len(next(iter(feeds.values())))} samples": feeds}
-
-
-def shape_name(shape: Shape) -> str:
-    """As it is written on the command line."""
-    return "+".join(f"{name}:{'x'.join(map(str, dims))}" for name, dims in shape)
 
 
 def _session(model: ModelFile, provider: Device, asked: Asked, profile: Path | None = None) -> Session:

@@ -189,6 +189,8 @@ class Run:
         sites = find_sites(index)
         self.warnings += data.warnings
         timed = min(MOST_TIMED, data.samples("report"))
+        if self.options.shapes:  # the smallest run gains least
+            timed = min(dims[0] for shape in self.options.shapes for _, dims in shape)
         program = Program(
             self.source,
             self.options,
@@ -266,6 +268,8 @@ class Run:
         if program.data.kind == "synthetic":
             self.warnings.append("not verified on real data: only synthetic inputs were given to the model")
         self.gates = Gates(program, original, self.provider)
+        if self.options.shapes:
+            _ = self.gates.timed  # refuses shapes that do not fit, before the work is done
         return True
 
     def _replay(self, program: Program) -> None:
@@ -448,6 +452,7 @@ def compile_model(
         rewrite_change=run.findings.rewrite_change,
         scores=run.findings.scores,
         latency=run.findings.latency,
+        shapes=run.findings.shapes if options.shapes else {},
         history=tuple(run.history),
         warnings=tuple(run.warnings),
         seconds=time.monotonic() - run.started,

@@ -305,8 +305,18 @@ model_options = _chain(
 )
 """What a model is looked at with, whatever is made of it."""
 
+shape_option = click.option(
+    "--shape",
+    "shapes",
+    metavar="INPUT:DIMS,…",
+    multiple=True,
+    callback=_shapes,
+    help="Shapes that must not get slower, as x:1x128,x:32x128; inputs of one run joined by +.",
+)
+
 compile_options = _chain(
     model_options,
+    shape_option,
     click.option(
         "--min-speedup",
         type=float,
@@ -374,15 +384,6 @@ frontier_options = _chain(
     click.option("--picture", metavar="FILE.svg", type=FILE, help="Draw it."),
     click.option("--latency", is_flag=True, help="Measure how fast each point of the plan is."),
     show_options,
-)
-
-shape_option = click.option(
-    "--shape",
-    "shapes",
-    metavar="INPUT:DIMS,…",
-    multiple=True,
-    callback=_shapes,
-    help="Shapes to measure, as x:1x128,x:32x128; inputs of one run joined by +.",
 )
 
 bench_options = _chain(

@@ -6,8 +6,9 @@ The first gate that fails names the regions to undo; the loop is the compiler's.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import ml_dtypes
 import numpy as np
 import onnx
 
-from onnx_decomp import model_io, saving, verify
+from onnx_decomp import calibration, model_io, saving, verify
+from onnx_decomp.calibration import Feeds
 from onnx_decomp.errors import CannotVerifyError, DecompError
 from onnx_decomp.latency import Latency
 from onnx_decomp.latency import compare as compare_latency
 from onnx_decomp.metrics import Limits, Verification, compare_outputs
 from onnx_decomp.model_io import ModelFile
-from onnx_decomp.options import Options
+from onnx_decomp.options import Options, shape_name
 from onnx_decomp.passes.compensation import BATCH
 from onnx_decomp.passes.splitting import emit
 from onnx_decomp.program import Program, Rewrite
@@ -52,6 +54,9 @@ class Findings:
     scores: tuple[float, float] | None = None
     """Of the original and of the written model on the report part, where the user has a function for it."""
     latency: Latency | None = None
+    """Of the shape that gains least, where several were asked for."""
+    shapes: Mapping[str, Latency] = field(default_factory=dict)
+    """Of every shape that was asked for."""
     offenders: tuple[str, ...] = ()
     why: str = ""
 
@@ -104,7 +109,7 @@ class Gates:
 
     def speedup(self, before: onnx.ModelProto, after: onnx.ModelProto) -> float:
         """Of one model over another, looked at briefly."""
-        return self._latency(self.session(after), self.session(before), REGION_SECONDS).speedup
+        return self._briefly(self.session(before), self.session(after))
 
     def _compare(self, candidate: Session, found: Findings, batch: int = verify.BATCH) -> None:
         """Outputs against the original's on the report part, and if they pass, latency."""
@@ -116,7 +121,8 @@ class Gates:
         if not found.verification.passed or self._worse(found, candidate):
             found.why = "tolerance"
         elif program.options.latency_gate:
-            found.latency = self._latency(candidate)
+            found.shapes = self._latencies(self.original, candidate, WHOLE_SECONDS)
+            found.latency = _worst(found.shapes)
 
     def _passed(self, written: onnx.ModelProto, rewrites: Sequence[Rewrite]) -> tuple[Session, float]:
         """A session of what was written, and how far it is from the dense-equivalent model."""
@@ -157,7 +163,7 @@ class Gates:
             program.progress.advance(number, len(rewrites))
             rest = [other for other in rewrites if other is not rewrite]
             without = self.session(emit(program.index, rest, opset, program.target))
-            gains[rewrite.region.name] = self._latency(candidate, without, REGION_SECONDS).speedup
+            gains[rewrite.region.name] = self._briefly(without, candidate)
         # Asked once: the model without the slow ones is measured as a whole, which is what counts.
         self.faster |= {name for name, gain in gains.items() if gain >= 1.0}
         return tuple(name for name, gain in gains.items() if gain < 1.0)
@@ -195,14 +201,32 @@ class Gates:
         pairs = ((probe.run(feeds, placed), candidate.run(feeds)) for feeds in batches)
         return compare_outputs(pairs, "rel-l2").largest
 
-    def _latency(
-        self, candidate: Session, before: Session | None = None, seconds: float = WHOLE_SECONDS
-    ) -> Latency:
+    def _briefly(self, before: Session, after: Session) -> float:
+        """Speed-up at the shape that gains least."""
+        return _worst(self._latencies(before, after, REGION_SECONDS)).speedup
+
+    def _latencies(self, before: Session, after: Session, seconds: float) -> dict[str, Latency]:
+        """Of every shape that was asked for, or of samples of the report part."""
+        seed = self.program.options.seed
+        return {
+            name: compare_latency(before, after, feeds, seconds=seconds, seed=seed)
+            for name, feeds in self.timed.items()
+        }
+
+    @cached_property
+    def timed(self) -> Mapping[str, Feeds]:
+        """What latency is measured on. Raises InputError for a shape that the model does not take."""
         program = self.program
-        feeds = next(program.data.batches("report", program.timed_samples))
-        return compare_latency(
-            before or self.original, candidate, feeds, seconds=seconds, seed=program.options.seed
-        )
+        if not program.options.shapes:
+            return {"": next(program.data.batches("report", program.timed_samples))}
+        return {
+            shape_name(shape): calibration.shaped(program.original, shape, program.options.seed)
+            for shape in program.options.shapes
+        }
+
+
+def _worst(found: Mapping[str, Latency]) -> Latency:
+    return min(found.values(), key=lambda latency: latency.interval[0])
 
 
 def session_of(

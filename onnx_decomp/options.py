@@ -15,6 +15,11 @@ Shape = tuple[tuple[str, tuple[int, ...]], ...]
 """(input, dims) of those inputs that are told; others follow by the names of their dims."""
 
 
+def shape_name(shape: Shape) -> str:
+    """As it is written on the command line."""
+    return "+".join(f"{name}:{'x'.join(map(str, dims))}" for name, dims in shape)
+
+
 @dataclass(frozen=True)
 class Options:
     """Everything that decides what a compilation does; docs/command.md says what each means."""
@@ -32,6 +37,9 @@ class Options:
     threads: int | None = None  # intra-op threads of the latency gate; None: ONNX Runtime's default
     latency_gate: bool = True
     min_speedup: float = 1.0
+    shapes: tuple[
+        Shape, ...
+    ] = ()  # each of which the latency gate measures; none: samples of the report part
     seed: int = 0
     include: str | None = None
     exclude: str | None = None

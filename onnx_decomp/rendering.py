@@ -131,12 +131,14 @@ def summary(report: Report) -> list[str]:
     if isinstance(latency, str):
         lines.append(f"latency: {latency}")
     else:
-        low, high = latency["interval"]
-        lines.append(
-            f"latency on {latency['provider']}, threads {latency['threads'] or 'all'}: "
-            f"{_number(latency['before_ms'])} ms -> {_number(latency['after_ms'])} ms, "
-            f"{_number(latency['speedup'])}x (95 %: {_number(low)} to {_number(high)})"
-        )
+        for each in latency.get("shapes", [latency]):
+            low, high = each["interval"]
+            shape = f", {each['shape']}" if "shape" in each else ""
+            lines.append(
+                f"latency on {each['provider']}, threads {each['threads'] or 'all'}{shape}: "
+                f"{_number(each['before_ms'])} ms -> {_number(each['after_ms'])} ms, "
+                f"{_number(each['speedup'])}x (95 %: {_number(low)} to {_number(high)})"
+            )
     return lines
 
 

@@ -11,7 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -99,6 +99,8 @@ class Measured:
     seconds: float
     scores: tuple[float, float] | None = None
     """Of the original and of the written model, where --evaluate gave a function for it."""
+    shapes: Mapping[str, Latency] = field(default_factory=dict)
+    """Of every shape that was asked for; `latency` is the worst of them."""
     history: Sequence[Mapping[str, Any]] = ()
     """{round, undone, why} for each round in which a gate undid something."""
     warnings: Sequence[str] = ()
@@ -129,10 +131,17 @@ def build(program: Program, written: onnx.ModelProto | None, measured: Measured)
         "evaluate": _evaluation(program, measured.scores),
         "rewrite": {"max_rel_l2": measured.rewrite_change},
         "plan": {"predicted": program.predicted, "measured": _measured_change(measured.verification)},
-        "latency": dataclasses.asdict(measured.latency) if measured.latency else "not measured",
+        "latency": _latency(measured),
     }
     plain: Report = _plain(report)
     return plain
+
+
+def _latency(measured: Measured) -> Report | str:
+    if measured.latency is None:
+        return "not measured"
+    shapes = [{"shape": name, **dataclasses.asdict(each)} for name, each in measured.shapes.items()]
+    return dataclasses.asdict(measured.latency) | ({"shapes": shapes} if shapes else {})
 
 
 def record_output(report: Report, out: Path) -> None:

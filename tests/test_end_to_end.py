@@ -686,6 +686,47 @@ def test_a_region_that_only_slows_the_rest_down_is_undone(
     assert report["latency"]["speedup"] == 1.6
 
 
+SHAPES = ("--shape", "x:1x64,x:32x64", "--shape", "x:500x64")
+
+
+@pytest.mark.parametrize(("slowest", "kept"), [(1.2, True), (0.9, False)])
+def test_no_shape_may_get_slower(
+    slowest: float, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watched(_before: Any, _after: Any, feeds: Any, **_: Any) -> Latency:
+        seen.append(feeds["x"].shape)
+        return timed(slowest if len(feeds["x"]) == 32 else 2.0)()
+
+    monkeypatch.setattr(gates, "compare_latency", watched)
+    made = planted_job(tmp_path, build(CLEAR))
+    code, report = made.run(*GATED, *SHAPES)
+    assert code == 0
+    check_outcome(made, report)
+    assert seen == [(1, 64), (32, 64), (500, 64)]
+    assert bool(report["kept"]) == kept
+    if kept:
+        assert report["latency"]["speedup"] == slowest
+        told = {row["shape"]: row["speedup"] for row in report["latency"]["shapes"]}
+        assert told == {"x:1x64": 2.0, "x:32x64": slowest, "x:500x64": 2.0}
+
+
+def test_every_shape_is_really_measured(tmp_path: Path) -> None:
+    made = planted_job(tmp_path, build(CLEAR))
+    code, report = made.run(*GATED, *SHAPES, "--min-speedup", "0.01", "--threads", "1")
+    assert code == 0
+    assert [row["samples"] for row in report["latency"]["shapes"]] == [1, 32, 500]
+
+
+@pytest.mark.parametrize("shape", ["x:1x63", "y:1x64", "x:64"])
+def test_a_shape_that_does_not_fit_is_refused_at_once(shape: str, tmp_path: Path, capsys: Capture) -> None:
+    made = planted_job(tmp_path, build(CLEAR))
+    assert main([str(made.source), str(made.out), *GATED, "--shape", shape]) == 3
+    assert f"--shape {shape.partition(':')[0]}: " in capsys.readouterr().err
+    assert not made.out.exists()
+
+
 # On a GPU, where there is one
 
 
