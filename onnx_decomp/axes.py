@@ -20,6 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from scipy.sparse import coo_array, csgraph
 
+from onnx_decomp.attention import HeadPair, find_pairs
 from onnx_decomp.graph import DEFAULT
 from onnx_decomp.graph_index import GraphIndex
 from onnx_decomp.sites import Site
@@ -82,6 +83,8 @@ class Region:
     """Stored tensors beside weights and biases that carry units: scales, slopes."""
     flat: bool = True
     """All operators act on the last axis only, so that everything can be computed on matrices."""
+    pairs: tuple[HeadPair, ...] = ()
+    """Sites that meet head by head, so that heads can be made narrower."""
 
     @property
     def nodes(self) -> tuple[int, ...]:
@@ -359,6 +362,7 @@ class Builder:
             ),
             tuple(n for n in carried if self.index.resolve(n) is not None),
             self._flat(links, carried) and self._alike(entries),
+            find_pairs(self.index, sites, places, links),
         )
 
     def _elastic(self, group: int, sites: Sequence[Site], links: Sequence[int]) -> bool:
