@@ -52,8 +52,8 @@ class Factoring:
 def factor(xx: Array, weight: NDArray[np.floating], importance: Array | None = None) -> Factoring:
     """Factor weight [k, n] for inputs with second moments xx [k, k]; importance: S [n, n], else every output alike."""
     w = weight.astype(np.float64)
-    left = _root(xx, FLOOR_X)
-    right = np.eye(w.shape[1]) if importance is None else _root(importance, FLOOR_S)
+    left = root(xx, FLOOR_X)
+    right = np.eye(w.shape[1]) if importance is None else root(importance, FLOOR_S)
     core = left.T @ w @ right
     # The smaller side's eigenvectors are enough, and several times cheaper than the decomposition itself.
     if core.shape[0] < core.shape[1]:
@@ -68,7 +68,7 @@ def factor(xx: Array, weight: NDArray[np.floating], importance: Array | None = N
     return Factoring(tail, w, right, directions)
 
 
-def _root(moments: Array, relative: float) -> Array:
+def root(moments: Array, relative: float) -> Array:
     """L, lower triangular, with L L' = moments and a floor under its diagonal."""
     size = len(moments)
     floor = relative * max(float(np.trace(moments)) / size, TINY)
