@@ -104,6 +104,8 @@ class Segment:
     fewer multiplications (`folding.block_rank`); a site that is not listed is not factored.
     corrections: by position of a site the rank of a map beside its blocks, from everything that it reads to everything
     that it makes, written as two thin products.
+    heads: by number of a pair in `Region.pairs` the width of its heads, which keep their first columns; the same in all
+    segments of a region. A pair that is not listed keeps its width.
     """
 
     sites: tuple[int, ...]
@@ -113,6 +115,7 @@ class Segment:
     copies: Copies = field(default_factory=dict)
     ranks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     corrections: Mapping[int, int] = field(default_factory=dict)
+    heads: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

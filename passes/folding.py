@@ -124,7 +124,29 @@ def site_labels(region: Region, segment: Segment, site: int) -> tuple[Labels, La
         segment.labels[group] if group in segment.copies else segment.labels[group][units]
         for group, units in zip(region.ends[site], region.units[site], strict=True)
     )
+    if segment.heads:
+        found = region.sites[site]
+        rows = np.where(in_heads(region, segment, found.input, np.arange(len(rows))), rows, np.int32(DROPPED))
+        stays = in_heads(region, segment, found.output, np.arange(len(columns)))
+        columns = np.where(stays, columns, np.int32(DROPPED))
     return rows, columns
+
+
+def in_heads(region: Region, segment: Segment, tensor: str, positions: Indices) -> NDArray[np.bool_]:
+    """Which positions of a tensor's grouped axis stay where heads are made narrower."""
+    stays = np.ones(len(positions), bool)
+    for number, width in segment.heads.items():
+        pair = region.pairs[number]
+        if tensor in pair.joined:
+            stays &= positions % pair.width < width
+    return stays
+
+
+def head_width(region: Region, segment: Segment, site: int) -> int | None:
+    """Width that heads keep between a site and the one that it meets, where they are narrower; None elsewhere."""
+    tensors = {region.sites[site].input, region.sites[site].output}
+    widths = [width for number, width in segment.heads.items() if tensors & region.pairs[number].joined]
+    return min(widths, default=None)
 
 
 def copies_of(segments: Sequence[Segment]) -> Copies:
@@ -357,15 +379,19 @@ class Layout:
     def stored(self, tensor: str) -> Indices:
         """Original positions of a joined tensor's grouped axis, in the order in which it holds them."""
         group = self.region.group_of[tensor]
-        return along(self._units(tensor, group), self.orders[group])
+        return self._in_heads(tensor, along(self._units(tensor, group), self.orders[group]))
 
     def blocks(self, tensor: str, segment: Segment) -> list[Indices]:
         """Original positions of a tensor's grouped axis in each block of a segment."""
         group = self.region.group_of[tensor]
         if group in segment.copies and group not in self.region.elastic:  # inputs that several blocks read
             return [segment.copies[group][segment.labels[group] == b] for b in range(segment.blocks)]
-        units = self._units(tensor, group)
-        return [members(units, self.orders[group], segment.labels[group], b) for b in range(segment.blocks)]
+        units, labels = self._units(tensor, group), segment.labels[group]
+        found = [members(units, self.orders[group], labels, block) for block in range(segment.blocks)]
+        return [self._in_heads(tensor, positions) for positions in found]
+
+    def _in_heads(self, tensor: str, positions: Indices) -> Indices:
+        return positions[in_heads(self.region, self.segments[0], tensor, positions)]
 
     def _units(self, tensor: str, group: int) -> Indices:
         """Unit at each position; elements of a group that was dealt out anew count as units of their own."""

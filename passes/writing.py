@@ -13,7 +13,16 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnx_decomp.graph_index import GraphIndex
-from onnx_decomp.passes.folding import Crossing, Layout, block_rank, entering, factors, leaving, members
+from onnx_decomp.passes.folding import (
+    Crossing,
+    Layout,
+    block_rank,
+    entering,
+    factors,
+    in_heads,
+    leaving,
+    members,
+)
 from onnx_decomp.passes.fragments import Fragment, Value
 from onnx_decomp.program import Rewrite, Segment
 from onnx_decomp.runtime import Device
@@ -163,10 +172,14 @@ class Writer:
     def _new_shape(self, node: onnx.NodeProto, stem: str, positions: Callable[[str], NDArray[Any]]) -> Value:
         found = self.index.constant(node.input[1])
         assert found is not None
-        shape = found.copy()
-        axis = self.rewrite.region.carriers[node.output[0]].axis
+        shape, region = found.copy(), self.rewrite.region
+        axis = region.carriers[node.output[0]].axis
         if shape[axis] > 0:
             shape[axis] = len(positions(node.output[0]))
+        for number, width in self.rewrite.segments[0].heads.items():
+            axis = region.pairs[number].shapes.get(node.output[0], 0)
+            if axis and shape[axis] > 0:
+                shape[axis] = width
         return self.fragment.integers(f"{stem}/shape", shape)
 
     def _new_sizes(
@@ -267,13 +280,15 @@ class Writer:
         """Rows and columns of one block at a site, in the order in which its tensors hold them."""
         region = self.rewrite.region
         found = []
-        for group, units in zip(region.ends[at], region.units[at], strict=True):
+        tensors = (region.sites[at].input, region.sites[at].output)
+        for tensor, group, units in zip(tensors, region.ends[at], region.units[at], strict=True):
             labels = segment.labels[group]
             if group in segment.copies:
                 order = self.layout.orders[group] if group in region.elastic else np.arange(len(labels))
                 found.append(order[labels[order] == block])
             else:
-                found.append(members(units, self.layout.orders[group], labels, block))
+                cells = members(units, self.layout.orders[group], labels, block)
+                found.append(cells[in_heads(region, segment, tensor, cells)])
         return found[0], found[1]
 
     def _axis_of(self, tensor: str) -> int:
