@@ -22,6 +22,7 @@ from onnx_decomp.axes import Region
 from onnx_decomp.calibration import Data, Part
 from onnx_decomp.passes.correction import Wanted, corrected
 from onnx_decomp.passes.folding import block_ranks, copies_of, partition
+from onnx_decomp.passes.heads import turned_columns
 from onnx_decomp.passes.moments import Array, Indices, Moments, accumulate, pooled
 from onnx_decomp.passes.ridge import TINY, best_refit, factored, masked, relative_error, relative_to_aim
 from onnx_decomp.probe import Feeds, Probe
@@ -99,13 +100,24 @@ class Calibrator:
             self.entering[part, False] = [{n: kept(a) for n, a in feeds.items()} for feeds in wanted]
 
     def moments(
-        self, part: Part, site: Site, affine: Mapping[int, Affine], blocks: Labels | None = None
+        self,
+        part: Part,
+        site: Site,
+        affine: Mapping[int, Affine],
+        blocks: Labels | None = None,
+        turn: Array | None = None,
     ) -> Moments:
-        """Moments of x as the model with `affine` feeds it, and y as the original makes it; see `accumulate`."""
+        """Moments of x as the model with `affine` feeds it, and y as the original makes it; see `accumulate`.
+
+        turn: [H, d, d], the basis that y is wanted in, head by head.
+        """
+        pairs = self._pairs(part, site, affine)
+        if turn is not None:
+            return accumulate(((x, turned_columns(y, turn)) for x, y in pairs), blocks)
         if affine:
-            return accumulate(self._pairs(part, site, affine), blocks)
+            return accumulate(pairs, blocks)
         if (part, site.index) not in self.unchanged:
-            made = accumulate(self._pairs(part, site, affine))
+            made = accumulate(pairs)
             if sum(each.nbytes for each in self.unchanged.values()) + made.nbytes > FILED * self.limit:
                 return made
             self.unchanged[part, site.index] = made.kept()
@@ -226,14 +238,16 @@ def refit_run(
     upstream: Mapping[int, Affine],
     importance: Sequence[Array | None] = (),
     remember: bool = True,
+    turns: Mapping[int, Array] | None = None,
 ) -> Refitted:
     """Compensate the sites of a region one after another, each on what the rewritten sites before it really feed it.
 
     old: the original affine maps. upstream: affine maps already rewritten elsewhere in the model. importance: S for
     each site that is written in factors, see `lowrank`. Uses of one stored weight are refitted together, on the data
-    of all of them, when the first one's turn comes. remember: the moments that they were fitted on.
+    of all of them, when the first one's turn comes. remember: the moments that they were fitted on. turns: the bases of
+    heads that sites (by position) make their outputs in, which `old` is in already.
     """
-    fitter = Fitter(calibrator, region, segments, old, importance)
+    fitter = Fitter(calibrator, region, segments, old, importance, turns or {})
     placed = dict(upstream)
     if copies_of(segments):  # the graph runs whole, so later sites have to fit what earlier ones make
         placed |= {site.index: fitter.untouched(at) for at, site in enumerate(region.sites)}
@@ -276,6 +290,8 @@ class Fitter:
     segments: Sequence[Segment]
     old: Sequence[Affine]
     importance: Sequence[Array | None]
+    turns: Mapping[int, Array]
+    """By position of a site, the bases of heads that its outputs are in."""
 
     def untouched(self, at: int) -> Affine:
         """A site's old weights within its blocks, as the graph is fed with them."""
@@ -290,13 +306,7 @@ class Fitter:
             return {first: self._corrected(first, segment, placed, remember)}
         view, (rows, columns) = self._view(first), self._labels[first]
         inside = rows if view.rows is not None and not view.outside else None
-        parts = [
-            [
-                view.moments(self.calibrator.moments(part, self.region.sites[at], placed, inside))
-                for at in uses
-            ]
-            for part in BOTH
-        ]
+        parts = [[view.moments(self._moments(part, at, placed, inside)) for at in uses] for part in BOTH]
         fit, select = (pooled(moments) for moments in parts)
         best = best_refit(fit, select, view.affine(self.old[first]), rows, columns)
         if first in segment.ranks:
@@ -313,8 +323,8 @@ class Fitter:
 
     def _corrected(self, at: int, segment: Segment, placed: Mapping[int, Affine], remember: bool) -> Fitted:
         """A site that is blocks with a low-rank correction."""
-        (rows, columns), site = self._labels[at], self.region.sites[at]
-        fit, select = (self.calibrator.moments(part, site, placed) for part in BOTH)
+        rows, columns = self._labels[at]
+        fit, select = (self._moments(part, at, placed) for part in BOTH)
         elastic = self.region.ends[at][0] in self.region.elastic
         readable = rows != DROPPED if elastic else np.ones(len(rows), bool)
         rank = segment.corrections[at]
@@ -324,6 +334,11 @@ class Fitter:
         stays = np.flatnonzero(columns != DROPPED)
         errors = (relative_to_aim(fit, fed, stays), relative_to_aim(select, fed, stays))
         return Fitted(blocks.kept(), fed.kept(), kept(low), errors, fit.kept() if remember else None)
+
+    def _moments(
+        self, part: Part, at: int, placed: Mapping[int, Affine], blocks: Labels | None = None
+    ) -> Moments:
+        return self.calibrator.moments(part, self.region.sites[at], placed, blocks, self.turns.get(at))
 
     @cached_property
     def _labels(self) -> list[tuple[Labels, Labels]]:

@@ -17,7 +17,8 @@ from onnx_decomp.axes import Region
 from onnx_decomp.passes.compensation import View
 from onnx_decomp.passes.correction import beside
 from onnx_decomp.passes.folding import block_ranks, block_sizes, partition
-from onnx_decomp.passes.importance import weighted
+from onnx_decomp.passes.heads import Directions, Turn, by_head, directions, turned_columns, turned_maps
+from onnx_decomp.passes.importance import through, weighted
 from onnx_decomp.passes.lowrank import factor
 from onnx_decomp.passes.moments import Moments
 from onnx_decomp.passes.reduction import UnitPath, round_up, unit_path
@@ -74,6 +75,19 @@ class UnitKnob:
 
     knob: Knob
     kept: tuple[NDArray[np.bool_], ...]
+
+
+@dataclass(frozen=True)
+class HeadKnob:
+    """Narrower heads of one pair. widths: of a head at each level."""
+
+    knob: Knob
+    widths: tuple[int, ...]
+    directions: Directions
+
+    def turn(self, level: int) -> Turn:
+        """The bases in which heads are that narrow, from those in which they stand."""
+        return self.directions.turn(self.widths[level])
 
 
 def unread_inputs(region: Region) -> list[int]:
@@ -227,15 +241,68 @@ def _rank(tail: Array, threshold: float, limit: int, multiple: int) -> int:
     return round_up(max(count, 1), limit, multiple)
 
 
+def head_knobs(standing: Standing, multiple: int, share: float) -> list[HeadKnob]:
+    """A knob for the width of the heads of each pair of sites that meet head by head.
+
+    share: of the width, down to which levels are looked at from here.
+    """
+    corrected = standing.corrections.keys()  # a correction knows nothing of the bases that heads turn to
+    found = [
+        _head_knob(standing, number, multiple, share)
+        for number, pair in enumerate(standing.region.pairs)
+        if not corrected & {pair.first, pair.second}
+    ]
+    return [each for each in found if len(each.widths) > 1]
+
+
+def _head_knob(standing: Standing, number: int, multiple: int, share: float) -> HeadKnob:
+    pair, segment = standing.region.pairs[number], standing.segment(standing.region.pairs[number].first)
+    now = segment.heads.get(number, pair.width)
+    found = directions(*_head_moments(standing, number))
+    widths = size_levels(now, multiple, max(int(now * share), min(multiple, now)))
+    columns = np.array([n for _, n in block_sizes(standing.region, segment, pair.first)])
+    harm = found.tail[widths] - found.tail[now]
+    key = Key(standing.region.name, "heads", number)
+    knob = Knob(key, np.outer(widths, columns // now), harm, np.zeros(len(harm)))
+    return HeadKnob(knob, tuple(int(width) for width in widths), found)
+
+
+def _head_moments(standing: Standing, number: int) -> tuple[Array, Array]:
+    """C and T of every head [H, d, d], see `heads`."""
+    pair = standing.region.pairs[number]
+    first, second = standing.moments[pair.first], standing.moments[pair.second]
+    weight = standing.affine[pair.second].weight
+    if pair.kind == "values":
+        metric = through(weight, standing.importance[pair.second])
+        return by_head(second.xx, pair.heads), by_head(metric, pair.heads)
+    affine = standing.affine[pair.first]
+    mean = first.mean_x @ affine.weight + (0.0 if affine.bias is None else affine.bias)
+    made = through(affine.weight.T, first.xx) + np.outer(mean, mean)
+    return by_head(made, pair.heads), by_head(through(weight.T, second.xx), pair.heads)
+
+
+def variance(standing: Standing, knob: Knob, found: UnitKnob | HeadKnob | None) -> float:
+    """Squared size of what a knob's harm is an error of, weighted in the same way."""
+    if isinstance(found, HeadKnob):
+        return float(found.directions.tail[0])
+    at = knob.key.at if found is None else standing.readers(knob.key.at)[0]
+    importance, yy = standing.importance[at], standing.moments[at].yy
+    return float(yy.sum() if importance is None else (yy * np.diagonal(importance)).sum())
+
+
 def works(standing: Standing, knobs: Mapping[Key, Knob], rows_of_x: Mapping[int, int]) -> list[Work]:
     """What the sites of a region cost, by their knobs."""
     region, made = standing.region, []
     for at, site in enumerate(region.sites):
         sizes = block_sizes(region, standing.segment(at), at)
         axes: list[Key | tuple[int, ...]] = []
-        for side, group in enumerate(region.ends[at]):
-            key = Key(region.name, "units", group)
-            axes.append(key if key in knobs else tuple(size[side] for size in sizes))
+        for side, (group, tensor) in enumerate(zip(region.ends[at], (site.input, site.output), strict=True)):
+            keys = [Key(region.name, "units", group)]
+            keys += [
+                Key(region.name, "heads", n) for n, pair in enumerate(region.pairs) if tensor in pair.joined
+            ]
+            turning = [key for key in keys if key in knobs]
+            axes.append(turning[0] if turning else tuple(size[side] for size in sizes))
         rank = Key(region.name, "rank", at)
         low = Key(region.name, "correction", at)
         made.append(Work(axes[0], axes[1], rank, rows_of_x.get(site.index, 1), len(sizes), low))
@@ -243,32 +310,40 @@ def works(standing: Standing, knobs: Mapping[Key, Knob], rows_of_x: Mapping[int,
 
 
 def turned(
-    standing: Standing, key: Key, level: int, knob: Knob, kept: NDArray[np.bool_] | None
+    standing: Standing, knob: Knob, level: int, found: UnitKnob | HeadKnob | None
 ) -> dict[int, Affine]:
     """Affine maps by position, as the graph is fed, with one knob turned and everything else as it is."""
-    region, spans = standing.region, partition(standing.region, standing.segments)
-
-    def fed(at: int, blocks: Affine, low: NDArray[np.floating] | None) -> Affine:
-        whole = View.of(region, standing.segments, at).fed(blocks)
-        return whole if low is None else Affine((whole.weight + low).astype(np.float32), whole.bias)
-
-    if key.kind == "rank":
-        at = key.at
-        ranks = tuple(int(rank) for rank in knob.sizes[level])
-        new = factored(standing.moments[at], standing.affine[at], *spans[at], ranks, standing.importance[at])
-        return {at: fed(at, new, None)}
+    spans, key = partition(standing.region, standing.segments), knob.key
+    if isinstance(found, HeadKnob):
+        return _narrowed(standing, key.at, found.turn(level))
+    if isinstance(found, UnitKnob):
+        return _without(standing, key.at, found.kept[level])
+    at = key.at
     if key.kind == "correction":
-        at = key.at
-        return {at: fed(at, standing.affine[at], _truncated(standing, at, int(knob.sizes[level][0])))}
-    assert kept is not None
-    made = {}
-    for at in standing.readers(key.at):
+        return {
+            at: _fed(standing, at, standing.affine[at], _truncated(standing, at, int(knob.sizes[level][0])))
+        }
+    ranks = tuple(int(rank) for rank in knob.sizes[level])
+    new = factored(standing.moments[at], standing.affine[at], *spans[at], ranks, standing.importance[at])
+    return {at: _fed(standing, at, new, None)}
+
+
+def _without(standing: Standing, group: int, kept: NDArray[np.bool_]) -> dict[int, Affine]:
+    """The readers of a group that has lost units, refitted to what they make now."""
+    spans, made = partition(standing.region, standing.segments), {}
+    for at in standing.readers(group):
         rows = np.where(kept, spans[at][0], np.int32(DROPPED))
         left = standing.corrections.get(at)
         left = None if left is None else np.where(kept[:, None], left, np.float32(0))
         new = refit(_as_it_stands(standing, at, left), standing.affine[at], rows, spans[at][1], RIDGE)
-        made[at] = fed(at, new, left)
+        made[at] = _fed(standing, at, new, left)
     return made
+
+
+def _fed(standing: Standing, at: int, blocks: Affine, low: NDArray[np.floating] | None) -> Affine:
+    """Blocks, and the correction beside them, as the graph is fed with them."""
+    whole = View.of(standing.region, standing.segments, at).fed(blocks)
+    return whole if low is None else Affine((whole.weight + low).astype(np.float32), whole.bias)
 
 
 def _truncated(standing: Standing, at: int, rank: int) -> Array:
@@ -279,6 +354,25 @@ def _truncated(standing: Standing, at: int, rank: int) -> Array:
     made = np.zeros(low.shape)
     made[:, columns] = factor(standing.moments[at].xx, low[:, columns], within).truncated(rank)
     return made
+
+
+def _narrowed(standing: Standing, number: int, turn: Turn) -> dict[int, Affine]:
+    """Both sites of a pair in narrower heads; an output projection is refitted on what it is fed then."""
+    region, pair = standing.region, standing.region.pairs[number]
+    made = turned_maps(region, {number: turn}, standing.affine)
+    if pair.kind == "values":
+        at = pair.second
+        rows, columns = partition(region, standing.segments)[at]
+        stays = np.arange(len(rows)) % pair.width < turn.width
+        whole = _as_it_stands(standing, at, None)
+        fed = replace(
+            whole,
+            mean_x=turned_columns(whole.mean_x, turn.down),
+            xx=turned_columns(turned_columns(whole.xx, turn.down).T, turn.down),
+            xy=turned_columns(whole.xy.T, turn.down).T,
+        )
+        made[at] = refit(fed, made[at], np.where(stays, rows, np.int32(DROPPED)), columns, RIDGE)
+    return {at: _fed(standing, at, made[at], None) for at in (pair.first, pair.second)}
 
 
 def _as_it_stands(standing: Standing, at: int, left: NDArray[np.float32] | None) -> Moments:

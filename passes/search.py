@@ -21,15 +21,19 @@ from onnx_decomp.calibration import Part as DataPart
 from onnx_decomp.cost import CostModel
 from onnx_decomp.passes.compensation import HELD, Calibrator, Refitted, refit_run
 from onnx_decomp.passes.folding import Keep, compose, copies_of
+from onnx_decomp.passes.heads import Turn, column_turns, turned_importance, turned_maps
 from onnx_decomp.passes.importance import importances, moved_columns
 from onnx_decomp.passes.judging import Judge, Outputs, batch_size
 from onnx_decomp.passes.knobs import (
+    HeadKnob,
     Standing,
     UnitKnob,
     correction_knobs,
+    head_knobs,
     rank_knobs,
     turned,
     unit_knobs,
+    variance,
     works,
 )
 from onnx_decomp.passes.tradeoff import Descent, Key, Knob, Price
@@ -102,19 +106,23 @@ class Part:
     """Its share of the predicted loss (`Judge.loss`)."""
     importance: Sequence[Array | None] = ()
     """S of each site, as it stood before the last step."""
+    heads: Mapping[int, Turn] = field(default_factory=dict)
+    """The bases in which heads are narrower, by number of a pair."""
 
     @property
     def dense(self) -> bool:
-        return not (self.structures or self.keep or self.ranks)
+        return not (self.structures or self.keep or self.ranks or self.heads)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         composed = compose(self.region, self.structures, self.keep)
+        heads = {number: turn.width for number, turn in self.heads.items()}
         return tuple(
             replace(
                 segment,
                 ranks={at: self.ranks[at] for at in segment.sites if at in self.ranks},
                 corrections={at: rank for at in segment.sites if (rank := self.corrections.get(at, 0))},
+                heads=heads,
             )
             for segment in composed
         )
@@ -163,7 +171,7 @@ class Look:
     plan: Plan
     standings: list[Standing]
     knobs: dict[Key, Knob]
-    kept: dict[Key, UnitKnob]
+    found: dict[Key, UnitKnob | HeadKnob]
 
 
 @dataclass
@@ -309,9 +317,11 @@ class Search:
         self, part: Part, upstream: Mapping[int, Affine], entering: Mapping[DataPart, list[Feeds]]
     ) -> Part:
         calibrator = self.calibrator(part.region, upstream, entering)
-        old = [self.program.affine(site) for site in part.region.sites]
+        region = part.region
+        old = turned_maps(region, part.heads, [self.program.affine(site) for site in region.sites])
         again = self.units or self.ranks  # only a step from here looks at the moments again
-        fitted = refit_run(calibrator, part.region, part.segments, old, upstream, part.importance, again)
+        turns = column_turns(region, part.heads)
+        fitted = refit_run(calibrator, region, part.segments, old, upstream, part.importance, again, turns)
         return replace(part, refitted=fitted)
 
     def part_cost(self, part: Part) -> float:
@@ -357,6 +367,7 @@ class Search:
             # In slices errors of sites are large, and what the layers behind make of them after refits is no guide.
             whole = [Affine(bare.whole(at), each.bias) for at, each in enumerate(affine)]
             found = importances(calibrator, region, whole, part.placed, self._exits_of(region))
+            found = turned_importance(region, part.heads, found)
             importance = tuple(None if each is None else scratch.kept(each) for each in found)
         return replace(bare, importance=tuple(importance))
 
@@ -383,19 +394,19 @@ class Search:
         """
         if self._seen is None or self._seen.plan is not plan:
             self._seen = self._look(plan)
-        standings, knobs, kept = self._seen.standings, self._seen.knobs, self._seen.kept
+        standings, knobs, found = self._seen.standings, self._seen.knobs, self._seen.found
         work = [each for standing in standings for each in works(standing, knobs, self._rows_of_x)]
         descent = Descent(knobs, work, self.price)
         descent.run(allowed, share * descent.cost)
         if not any(descent.levels.values()):
             return None
-        found = self.fitted(
+        made = self.fitted(
             [
-                replace(_turned(part, descent, kept), importance=standing.importance)
+                _turned(replace(part, importance=standing.importance), descent, found)
                 for part, standing in zip(plan.parts, standings, strict=True)
             ]
         )
-        return replace(found, predicted=(self.scale(plan) * found.harm) ** (1 / self.judge.order))
+        return replace(made, predicted=(self.scale(plan) * made.harm) ** (1 / self.judge.order))
 
     def scale(self, plan: Plan) -> float:
         """What was spent, to the judge's order, for each unit of predicted loss; 1 while next to nothing is spent.
@@ -409,16 +420,18 @@ class Search:
         standings = [self._standing(part) for part in plan.parts]
         base = cache(lambda: self.judge.outputs(plan.placed))  # only if they are asked for
         knobs: dict[Key, Knob] = {}
-        kept: dict[Key, UnitKnob] = {}
+        found: dict[Key, UnitKnob | HeadKnob] = {}
         for standing in standings:
             units = unit_knobs(standing, self._multiple, LOOK_DOWN) if self.units else []
-            kept |= {found.knob.key: found for found in units}
             ranks = rank_knobs(standing, self._multiple) if self.ranks else []
             ranks += correction_knobs(standing, self._multiple)
-            for knob in [*(found.knob for found in units), *ranks]:
-                weight = self._weigh(plan, base, standing, knob, kept.get(knob.key))
+            heads = head_knobs(standing, self._multiple // 2, LOOK_DOWN) if self.ranks else []
+            detailed: list[UnitKnob | HeadKnob] = [*units, *heads]
+            found |= {each.knob.key: each for each in detailed}
+            for knob in [*(each.knob for each in detailed), *ranks]:
+                weight = self._weigh(plan, base, standing, knob, found.get(knob.key))
                 knobs[knob.key] = replace(knob, harm=knob.harm * weight, toll=self._toll(standing, knob))
-        return Look(plan, standings, knobs, kept)
+        return Look(plan, standings, knobs, found)
 
     @property
     def _multiple(self) -> int:
@@ -440,7 +453,7 @@ class Search:
         base: Callable[[], Sequence[Outputs]],
         standing: Standing,
         knob: Knob,
-        units: UnitKnob | None,
+        found: UnitKnob | HeadKnob | None,
     ) -> float:
         """Loss for each unit of a knob's own error, measured by turning it alone; base: what the plan itself makes.
 
@@ -448,7 +461,7 @@ class Search:
         next to nothing only when it was measured is measured again once there is more; in slices, whose S stays as
         it was, each time.
         """
-        total = _variance(standing, knob.key)
+        total = variance(standing, knob, found)
         level = int(np.searchsorted(knob.harm, TRIED**2 * total))
         level = min(max(level, 1), len(knob.harm) - 1)
         own = float(knob.harm[level])
@@ -456,11 +469,11 @@ class Search:
             return 1.0  # next to nothing yet, whatever it weighs; or the output never changes
         known = self._sensitivity.get(knob.key)
         if known is None or own / total > FURTHER * known.tried or copies_of(standing.segments):
-            made = turned(standing, knob.key, level, knob, None if units is None else units.kept[level])
+            made = turned(standing, knob, level, found)
             fed = {standing.region.sites[at].index: affine for at, affine in made.items()}
-            found = self.judge.loss(plan.placed | fed, base())
+            loss = self.judge.loss(plan.placed | fed, base())
             known = self._sensitivity[knob.key] = Sensitivity(
-                max(found, 1e-9) / own, min(own / total, TRIED**2)
+                max(loss, 1e-9) / own, min(own / total, TRIED**2)
             )
         return known.weight
 
@@ -501,25 +514,32 @@ def generous_corrections(region: Region, structures: Sequence[Structure]) -> dic
     }
 
 
-def _turned(part: Part, descent: Descent, kept: Mapping[Key, UnitKnob]) -> Part:
+def _turned(part: Part, descent: Descent, found: Mapping[Key, UnitKnob | HeadKnob]) -> Part:
     """A part with the levels that were chosen for it."""
     keep, ranks, corrections, harm = dict(part.keep), dict(part.ranks), dict(part.corrections), part.harm
+    turns: dict[int, Turn] = {}
     for key, level in descent.levels.items():
         if key.region != part.region.name or not level:
             continue
         knob = descent.knobs[key]
         harm += float(knob.harm[level])
-        if key.kind == "units":
-            keep[key.at] = kept[key].kept[level]
+        detail = found.get(key)
+        if isinstance(detail, UnitKnob):
+            keep[key.at] = detail.kept[level]
+        elif isinstance(detail, HeadKnob):
+            turns[key.at] = detail.turn(level)
         elif key.kind == "correction":
             corrections[key.at] = int(knob.sizes[level][0])
         else:
             ranks[key.at] = tuple(int(rank) for rank in knob.sizes[level])
-    return replace(part, keep=keep, ranks=ranks, corrections=corrections, harm=harm)
-
-
-def _variance(standing: Standing, key: Key) -> float:
-    """Squared size of what a knob's readers make, weighted as its harm is."""
-    at = key.at if key.kind != "units" else standing.readers(key.at)[0]
-    importance, yy = standing.importance[at], standing.moments[at].yy
-    return float(yy.sum() if importance is None else (yy * np.diagonal(importance)).sum())
+    heads = {**part.heads, **{number: turn.after(part.heads.get(number)) for number, turn in turns.items()}}
+    importance = turned_importance(part.region, turns, part.importance)
+    return replace(
+        part,
+        keep=keep,
+        ranks=ranks,
+        corrections=corrections,
+        heads=heads,
+        harm=harm,
+        importance=importance,
+    )

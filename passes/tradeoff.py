@@ -1,9 +1,9 @@
 """What to make smaller first: cost against harm, over everything that can be made smaller at once.
 
-A *knob* is one thing that comes in sizes: the units of an axis group, or the rank of a site. For each of its levels it
-says how much the outputs are predicted to change (squares, which add up over knobs), and the sites that it belongs to
-say what they cost. `descend` turns the knob, to the level, that saves most for the harm it adds, again and again:
-the steepest way down the convex hull, so that cheap layers pay for dear ones.
+A *knob* is one thing that comes in sizes: the units of an axis group, the rank of a site, the width of heads. For each
+of its levels it says how much the outputs are predicted to change (squares, which add up over knobs), and the sites
+that it belongs to say what they cost. `descend` turns the knob, to the level, that saves most for the harm it adds,
+again and again: the steepest way down the convex hull, so that cheap layers pay for dear ones.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ Price = Callable[[int, int, int, int | None], float]
 
 @dataclass(frozen=True)
 class Key:
-    """Which knob: the units of a group, or the rank of the site at a position, or of what is beside its blocks."""
+    """Which knob of a region: units of a group, rank of the site at a position or of the correction beside its blocks,
+    heads of a pair of sites."""
 
     region: str
-    kind: Literal["units", "rank", "correction"]
+    kind: Literal["units", "rank", "correction", "heads"]
     at: int
 
 
