@@ -223,10 +223,11 @@ def _row(site: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _form(site: Mapping[str, Any]) -> str:
-    """How it is written, between products of which rank, and beside a correction of which rank."""
+    """How it is written: between products of which rank, with heads of which width, beside which correction."""
     rank = f", rank {site['rank']}" if site["rank"] is not None else ""
-    beside = f" + rank {site['correction']}" if site["correction"] is not None else ""
-    return f"{site['form'] or '-'}{rank}{beside}"
+    heads = f", heads of {site['head_width']}" if site.get("head_width") is not None else ""
+    beside = f" + rank {site['correction']}" if site.get("correction") is not None else ""
+    return f"{site['form'] or '-'}{rank}{heads}{beside}"
 
 
 def _why(site: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from onnx_decomp import model_io, saving, scratch
 from onnx_decomp.axes import Region
 from onnx_decomp.errors import InputError
 from onnx_decomp.init_stats import InitStats
-from onnx_decomp.passes.folding import site_flops, site_labels, site_rank
+from onnx_decomp.passes.folding import head_width, site_flops, site_labels, site_rank
 from onnx_decomp.program import DROPPED, Decision, Program, Rewrite, Segment, Structure
 from onnx_decomp.sites import IN_BODY, Site
 
@@ -384,8 +384,9 @@ def _agreement(program: Program, site: Site, rewrite: Rewrite | None, position: 
     if found is None or rewrite is None or segment is None or segment.copies:
         return None
     told: Report = {}
+    whole = dataclasses.replace(segment, heads={})  # what narrower heads keep are no columns of the original
     for axis, (name, labels) in enumerate(
-        zip(("rows", "cols"), site_labels(rewrite.region, segment, position), strict=True)
+        zip(("rows", "cols"), site_labels(rewrite.region, whole, position), strict=True)
     ):
         stayed, energy = labels != DROPPED, (found.z.astype(np.float64) ** 2).mean(axis=1 - axis)
         told[name] = None
@@ -448,16 +449,25 @@ def _outcome(site: Site, rewrite: Rewrite | None, position: int) -> Report:
     """The decision on the site itself: a region that is split may hold a layer that stays dense."""
     segment = _covering(rewrite.segments, position) if rewrite else None
     if rewrite is None or segment is None:
-        return {"decision": "dense", "form": None, "rank": None, "correction": None, "flop_ratio": 1.0}
+        return {
+            "decision": "dense",
+            "form": None,
+            "rank": None,
+            "correction": None,
+            "head_width": None,
+            "flop_ratio": 1.0,
+        }
     count, dense = multiplications(rewrite, position), site.shape[0] * site.shape[1]
     rank = site_rank(rewrite.region, segment, position)
     decision = "low-rank" if rank is not None else "reduced" if count < dense else "dense"
     decision = "split" if segment.blocks > 1 else decision
+    width = head_width(rewrite.region, segment, position)
     return {
         "decision": decision,
         "form": segment.form,
         "rank": rank,
         "correction": segment.corrections.get(position),
+        "head_width": width,
         "flop_ratio": count / dense,
     }
 
