@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_decomp.axes import Region
+from onnx_decomp.calibration import Feeds
 from onnx_decomp.passes.compensation import BATCH, STEP, Calibrator
 from onnx_decomp.passes.judging import Judge
 from onnx_decomp.passes.ridge import TINY
@@ -26,8 +27,11 @@ from onnx_decomp.sites import Affine, Site
 
 Array = NDArray[np.float64]
 
-ROWS = 512
-"""Of a site's output that are looked at while its columns are moved."""
+ROWS, LEAST = 512, 2
+"""Of a site's output that are looked at while its columns are moved, and samples in any case."""
+
+HELD = 2**25
+"""Changes of outputs that are held while the columns of one site are moved."""
 
 
 def importances(
@@ -76,20 +80,21 @@ def weighted(weight: NDArray[np.floating], importance: Array | None) -> Array:
     return result
 
 
-def moved_columns(judge: Judge, calibrator: Calibrator, site: Site, program: Program) -> Array | None:
+def moved_columns(
+    judge: Judge, calibrator: Calibrator, site: Site, program: Program, most: int
+) -> Array | None:
     """S [N, N] of a site that hands on what it makes: each column is moved by itself, and the outputs are looked at.
 
-    That is one run of the model for each column. None where the outputs are not arrays of floats.
+    That is one run of the model for each column, on `most` samples at most. None where the outputs are not arrays of
+    floats.
     """
     probe = program.probe
     assert probe is not None
-    samples = max(-(-ROWS // program.rows_per_sample[site.index]), 2)
-    feeds = next(program.data.batches("fit", BATCH))
-    if program.data.fixed is None:
-        feeds = {name: array[:samples] for name, array in feeds.items()}
-    original = {
-        n: a for n, a in probe.run(feeds, {}).items() if isinstance(a, np.ndarray) and a.dtype.kind == "f"
-    }
+    samples = min(-(-ROWS // program.rows_per_sample[site.index]), most)
+    feeds, original = _original(program, samples)
+    held = site.shape[1] * sum(array.size for array in original.values())
+    if held > HELD:
+        feeds, original = _original(program, samples * HELD // held)
     if not original:
         return None
     old = program.affine(site)
@@ -105,3 +110,13 @@ def moved_columns(judge: Judge, calibrator: Calibrator, site: Site, program: Pro
     slopes = np.stack(moved) / step
     result: Array = slopes @ slopes.T
     return result if np.isfinite(result).all() and result.any() else None
+
+
+def _original(program: Program, samples: int) -> tuple[Feeds, Feeds]:
+    """The first samples of the fit part, and the outputs of the model that are arrays of floats."""
+    assert program.probe is not None
+    feeds = next(program.data.batches("fit", BATCH))
+    if program.data.fixed is None:
+        feeds = {name: array[: max(samples, LEAST)] for name, array in feeds.items()}
+    made = program.probe.run(feeds, {})
+    return feeds, {n: a for n, a in made.items() if isinstance(a, np.ndarray) and a.dtype.kind == "f"}

@@ -35,14 +35,17 @@ class Factoring:
 
     tail: Array
     _weight: Array
-    _right: Array
-    """S^(1/2), lower triangular [n, n]."""
+    _right: Array | None
+    """S^(1/2), lower triangular [n, n]; None: the identity, which may be large."""
     _directions: Array
     """[m, n] right singular vectors of C^(1/2) W S^(1/2)."""
 
     def truncated(self, rank: int) -> Array:
         """The best map of that rank, [k, n]."""
         kept = self._directions[:rank]
+        if self._right is None:
+            whole: Array = (self._weight @ kept.T) @ kept
+            return whole
         down = self._weight @ (self._right @ kept.T)
         up = linalg.solve_triangular(self._right, kept.T, lower=True, trans="T", check_finite=False).T
         result: Array = down @ up
@@ -53,8 +56,8 @@ def factor(xx: Array, weight: NDArray[np.floating], importance: Array | None = N
     """Factor weight [k, n] for inputs with second moments xx [k, k]; importance: S [n, n], else every output alike."""
     w = weight.astype(np.float64)
     left = root(xx, FLOOR_X)
-    right = np.eye(w.shape[1]) if importance is None else root(importance, FLOOR_S)
-    core = left.T @ w @ right
+    right = None if importance is None else root(importance, FLOOR_S)
+    core = left.T @ w if right is None else left.T @ w @ right
     # The smaller side's eigenvectors are enough, and several times cheaper than the decomposition itself.
     if core.shape[0] < core.shape[1]:
         values, vectors = linalg.eigh(core @ core.T, check_finite=False)

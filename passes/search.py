@@ -68,6 +68,9 @@ STEPS, RETRIES = 40, 4
 PARTS: tuple[DataPart, ...] = ("fit", "select")
 """Of the data, that a search looks at."""
 
+SEEN = 32
+"""Times that all samples may be run while columns are moved, but for two of them in each run."""
+
 TRIED = 0.1
 """Relative error of a site's own output at which sensitivities are measured, about."""
 
@@ -371,6 +374,19 @@ class Search:
             importance = tuple(None if each is None else scratch.kept(each) for each in found)
         return replace(bare, importance=tuple(importance))
 
+    @property
+    def _seen_while_moved(self) -> int:
+        """Samples of one run in which a column is moved, so that all of them together cost a bounded time."""
+        data = self.program.data
+        handing_on = [
+            site.shape[1]
+            for region in self.regions
+            for site, (_, made) in zip(region.sites, region.ends, strict=True)
+            if made not in region.elastic and site.shape[1] <= WIDEST
+        ]
+        whole = SEEN * (data.samples("fit") + data.samples("select"))
+        return whole // max(min(sum(handing_on), MOST_RUNS), 1)
+
     def _exits_of(self, region: Region) -> dict[int, Array]:
         """S of sites that hand on what they make, by moving one column of them at a time, while runs are left."""
         if region.name not in self._exits:
@@ -380,7 +396,7 @@ class Search:
                 if region.ends[at][1] in region.elastic or columns > min(WIDEST, self._runs_left):
                     continue
                 self._runs_left -= columns
-                found = moved_columns(self.judge, calibrator, site, self.program)
+                found = moved_columns(self.judge, calibrator, site, self.program, self._seen_while_moved)
                 if found is not None:
                     self._exits[region.name][at] = found
         return self._exits[region.name]

@@ -211,14 +211,15 @@ def test_slopes_behind_other_maps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metric", ["rel-l2", "kl"])
-def test_moved_columns_of_a_linear_model(metric: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("most", [10_000, 40])
+def test_moved_columns_of_a_linear_model(metric: str, most: int, tmp_path: Path) -> None:
     weights = drawn(6, W0=(8, 12), W1=(12, 5))
     x = np.random.default_rng(6).standard_normal((600, 8)).astype(np.float32)
     proto = network(weights, "MatMul x W0 -> h", "MatMul h W1 -> y")
     search = opened(proto, x, tmp_path, metric=metric)
     (region,) = search.regions
-    found = moved_columns(search.judge, search.calibrator(region, {}), region.sites[0], search.program)
-    rows = next(search.program.data.batches("fit", BATCH))["x"].astype(np.float64)
+    found = moved_columns(search.judge, search.calibrator(region, {}), region.sites[0], search.program, most)
+    rows = next(search.program.data.batches("fit", BATCH))["x"].astype(np.float64)[:most]
     w = weights["W1"].astype(np.float64)
     y = rows @ weights["W0"] @ w
     if metric == "kl":  # Fisher's matrix of the classes, summed over rows

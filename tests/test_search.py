@@ -173,8 +173,10 @@ def test_a_plan_that_the_report_part_refuses_is_made_again_with_less(
     proto = mlp(layers(rng, (24, 48, 40, 16)))
     real, strict = verify.verify, 0.03
 
-    def stricter(original: Any, candidate: Any, data: Any, part: Any, limits: Limits) -> Verification:
-        return real(original, candidate, data, part, Limits(limits.metric, strict))
+    def stricter(
+        original: Any, candidate: Any, data: Any, part: Any, limits: Limits, **rest: Any
+    ) -> Verification:
+        return real(original, candidate, data, part, Limits(limits.metric, strict), **rest)
 
     monkeypatch.setattr(verify, "verify", stricter)
     result, program = compiled(proto, flat(rng, 1600, 24), tmp_path, tolerance=0.05)
