@@ -49,7 +49,8 @@ def modules() -> set[str]:
     """Every file that an installed package needs, as `onnx_decomp/...`."""
     found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "onnx_decomp").rglob("*.py")}
     found |= {f"onnx_decomp/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "passes").rglob("*.py")}
-    found |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "onnx_decomp" / "templates").iterdir()}
+    for folder in ("tables", "templates"):
+        found |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "onnx_decomp" / folder).iterdir()}
     return found | {"onnx_decomp/py.typed"}
 
 
