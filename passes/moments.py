@@ -76,13 +76,15 @@ def accumulate(
         sum_x += x64.sum(0)
         sum_y += y64.sum(0)
         if blocks is None:
-            _add_products(xx, x64, x64)
+            _add_squares(xx, x64)
         for part in parts:
             xx[np.ix_(part, part)] += x64[:, part].T @ x64[:, part]
         _add_products(xy, x64, y64)
         yy += np.einsum("tn,tn->n", y64, y64)
     if rows == 0:
         raise ValueError("no rows to take moments of")
+    if blocks is None:
+        _mirror(xx)
     dx, dy = sum_x / rows, sum_y / rows
     for products, other in ((xx, dx), (xy, dy)):
         for some in _strips(len(products)):
@@ -96,6 +98,17 @@ def _add_products(total: Array, x: Array, y: Array) -> None:
     """total [K, N] += x' y, in strips: these are the largest arrays that there are, and none is made beside them."""
     for some in _strips(len(total)):
         total[some] += x[:, some].T @ y
+
+
+def _add_squares(total: Array, x: Array) -> None:
+    """total [K, K] += x' x on and above the diagonal, which is half of the work: see `_mirror`."""
+    for some in _strips(len(total)):
+        total[some, some.start :] += x[:, some].T @ x[:, some.start :]
+
+
+def _mirror(total: Array) -> None:
+    for some in _strips(len(total)):
+        total[some.stop :, some] = total[some, some.stop :].T
 
 
 def _strips(size: int) -> Iterator[slice]:

@@ -61,7 +61,10 @@ LEAST_GAIN = 0.995
 """A step that leaves more of the cost than that is the last."""
 
 NEARLY = 0.9
-"""Share of what may be spent at which a plan is good enough, and which a step that went too far is cut down to."""
+"""Share of what may be spent that a step that went too far is cut down to."""
+
+GOOD = 0.8
+"""Share of the loss that may be spent from which a plan is good enough: a further step takes as long as the others."""
 
 STEPS, RETRIES = 40, 4
 
@@ -512,7 +515,7 @@ class Search:
                 continue
             if found.cost >= plan.cost:
                 break
-            last = found.cost > LEAST_GAIN * plan.cost or found.spent > NEARLY * margin
+            last = found.cost > LEAST_GAIN * plan.cost or found.spent**order > GOOD * margin**order
             plan, cap = found, np.inf
             if last:
                 break
