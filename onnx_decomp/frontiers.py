@@ -31,8 +31,9 @@ from onnx_decomp.passes.baselines import Baselines
 from onnx_decomp.passes.compensation import BATCH, Refitted
 from onnx_decomp.passes.folding import Layout, decision_of, joined_orders, site_flops
 from onnx_decomp.passes.planning import PREFERRED, Planner
+from onnx_decomp.passes.plans import Part, Plan
 from onnx_decomp.passes.pricing import region_time, with_best_forms
-from onnx_decomp.passes.search import FEW, LEAST_GAIN, MARGIN, Part, Plan, Search
+from onnx_decomp.passes.search import FEW, LEAST_GAIN, MARGIN, Search
 from onnx_decomp.probe import Feeds
 from onnx_decomp.program import Program, Rewrite, Structure
 from onnx_decomp.progress import Progress, Silent

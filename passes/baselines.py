@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from onnx_decomp.axes import Region
 from onnx_decomp.passes.compensation import Refitted
 from onnx_decomp.passes.folding import partition
+from onnx_decomp.passes.plans import Part
 from onnx_decomp.passes.ridge import factored, masked
-from onnx_decomp.passes.search import Part, Search
+from onnx_decomp.passes.search import Search
 from onnx_decomp.program import DROPPED, Labels
 from onnx_decomp.sites import Affine
 

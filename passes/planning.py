@@ -33,9 +33,10 @@ from onnx_decomp.passes.folding import (
     partition,
 )
 from onnx_decomp.passes.judging import Judge
+from onnx_decomp.passes.plans import Part, Plan
 from onnx_decomp.passes.pricing import region_time, with_best_forms
 from onnx_decomp.passes.ridge import masked
-from onnx_decomp.passes.search import MARGIN, Part, Plan, Search
+from onnx_decomp.passes.search import MARGIN, Search
 from onnx_decomp.program import DROPPED, Labels, Program, Rewrite, Segment, Structure
 from onnx_decomp.sites import Affine
 

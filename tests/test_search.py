@@ -19,8 +19,9 @@ from onnx_decomp.compiler import Result, compile_model
 from onnx_decomp.metrics import Limits, Verification, compare_outputs
 from onnx_decomp.options import Metric, Options
 from onnx_decomp.passes.folding import compose, kept_flops
+from onnx_decomp.passes.plans import Plan
 from onnx_decomp.passes.reduction import RIDGE, unit_path
-from onnx_decomp.passes.search import Plan, Search
+from onnx_decomp.passes.search import Search
 from onnx_decomp.program import Program
 from onnx_decomp.relay import Relay
 from onnx_decomp.runtime import open_session
