@@ -31,7 +31,7 @@ from onnx_decomp.passes.baselines import Baselines
 from onnx_decomp.passes.compensation import BATCH, Refitted
 from onnx_decomp.passes.folding import Layout, decision_of, joined_orders, site_flops
 from onnx_decomp.passes.planning import PREFERRED, Planner
-from onnx_decomp.passes.plans import Part, Plan
+from onnx_decomp.passes.plans import Part, Plan, correctable
 from onnx_decomp.passes.pricing import region_time, with_best_forms
 from onnx_decomp.passes.search import FEW, LEAST_GAIN, MARGIN, Search
 from onnx_decomp.probe import Feeds
@@ -268,7 +268,8 @@ class Walked:
         blocks = self._loosely({}, {r.name: planner.structures(r) for r in self.search.regions})
         slices = {name: (found,) for name, found in self.program.slices.items() if name not in blocks}
         both = self._loosely(blocks, slices)
-        weights = {r.name: found for r in self.search.regions if (found := planner.structures(r))}
+        shown = {region.name: planner.structures(region) for region in self.search.regions}
+        weights = {name: found for name, found in shown.items() if correctable(found)}
         bases: list[Base] = [(both, {}), (blocks, {}), (weights, weights), ({}, {})]
         # The same regions: the same structures.
         regions = [tuple(map(set, base)) for base in bases]

@@ -33,7 +33,7 @@ from onnx_decomp.passes.folding import (
     partition,
 )
 from onnx_decomp.passes.judging import Judge
-from onnx_decomp.passes.plans import Part, Plan
+from onnx_decomp.passes.plans import Part, Plan, correctable
 from onnx_decomp.passes.pricing import region_time, with_best_forms
 from onnx_decomp.passes.ridge import masked
 from onnx_decomp.passes.search import MARGIN, Search
@@ -276,7 +276,7 @@ class Planner:
             numbers = {"change": plan.spent * self._tolerance, "gain": candidate.gain}
             numbers |= self._redraw(region, candidate)
             if plan.spent > self._budget(region):
-                if not any(structure.copies for structure in structures):
+                if correctable(structures):
                     self.refused[region.name] = structures
                 verdicts[region.name].append(Verdict(None, "tolerance", numbers))
             elif candidate.gain < WORTHWHILE:

@@ -92,6 +92,11 @@ class Plan:
         return {index: fed for part in self.parts for index, fed in part.placed.items()}
 
 
+def correctable(structures: Sequence[Structure]) -> bool:
+    """Corrections stand beside blocks of which every input and unit is in one; slices and windows are not."""
+    return bool(structures) and not any(structure.copies for structure in structures)
+
+
 def generous_corrections(region: Region, structures: Sequence[Structure]) -> dict[int, int]:
     """Ranks of corrections beside blocks, by position of a site: what the search starts from, and lowers."""
     weights = [site.weight for site in region.sites]

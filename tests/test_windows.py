@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from onnx_decomp import model_io
 from onnx_decomp.compiler import compile_file
+from onnx_decomp.frontiers import trace_frontier
 from onnx_decomp.options import Options
 from onnx_decomp.passes.windows import find_windows
 from onnx_decomp.runtime import open_session
@@ -143,3 +145,16 @@ def test_nothing_that_is_read_is_left_out(data: st.DataObject) -> None:
 def test_one_pattern_or_too_many_are_none() -> None:
     assert find_windows(np.ones((8, 8), bool), np.ones(8, np.intp)) is None
     assert find_windows(np.array([[1, 0, 1, 0]] * 5, bool), np.ones(5, np.intp)) is None
+
+
+def test_a_frontier_of_overlapping_blocks(tmp_path: Path) -> None:
+    """Nothing stands beside blocks that share inputs: found by fuzzing."""
+    onnx.save(network(2), tmp_path / "in.onnx")
+    np.savez(
+        tmp_path / "x.npz", x=np.random.default_rng(3).standard_normal((400, WIDTHS[0])).astype(np.float32)
+    )
+    options = Options(calib=tmp_path / "x.npz", provider="cpu", objective="flops")
+    found = trace_frontier(model_io.load(tmp_path / "in.onnx"), options, (0.4,))
+    (point,) = [each for each in found.points if each.method == "plan" and each.asked == 0.4]
+    assert point.cost <= 0.4
+    assert point.change < 1e-3
