@@ -7,6 +7,7 @@ feeds them, and measures the outputs. What is predicted for the next step is sca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -61,10 +62,10 @@ LEAST_GAIN = 0.995
 """A step that leaves more of the cost than that is the last."""
 
 NEARLY = 0.9
-"""Share of what may be spent that a step that went too far is cut down to."""
+"""Share of what may be spent at which a plan is good enough, and which a step that went too far is cut down to."""
 
-GOOD = 0.8
-"""Share of the loss that may be spent from which a plan is good enough: a further step takes as long as the others."""
+WORTHWHILE = 0.03
+"""Share of the cost that what is left of the tolerance has to save, at the rate of the last step, for one more."""
 
 STEPS, RETRIES = 40, 4
 
@@ -425,6 +426,12 @@ class Search:
             )
         return known.weight
 
+    def _promise(self, plan: Plan, found: Plan) -> float:
+        """Share of the cost that the rest of the tolerance would save, at the rate of the step that led to `found`."""
+        order = self.judge.order
+        taken, left = found.spent**order - plan.spent**order, self.margin**order - found.spent**order
+        return math.log(plan.cost / found.cost) * left / taken if taken > 0 else math.inf
+
     def within(self, plan: Plan) -> Plan:
         """Steps down from a plan until the tolerance is spent."""
         if not (self.units or self.ranks):
@@ -444,7 +451,8 @@ class Search:
                 continue
             if found.cost >= plan.cost:
                 break
-            last = found.cost > LEAST_GAIN * plan.cost or found.spent**order > GOOD * margin**order
+            last = found.cost > LEAST_GAIN * plan.cost or found.spent > NEARLY * margin
+            last |= self._promise(plan, found) < WORTHWHILE
             plan, cap = found, np.inf
             if last:
                 break
