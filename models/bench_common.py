@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
@@ -18,7 +17,7 @@ import onnx
 import onnxruntime as ort
 from rich.table import Table
 
-from onnx_decomp import latency
+from onnx_decomp import benching, latency
 from onnx_decomp.latency import Latency
 from onnx_decomp.runtime import Arrays, open_session
 
@@ -79,29 +78,15 @@ def kernel_events(
 ) -> list[dict[str, Any]]:
     """What ONNX Runtime's own profile says of each operator in each of so many runs, in order."""
     with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        for _ in range(runs):
-            session.run(None, dict(feeds))
-        events = json.loads(Path(session.end_profiling()).read_text())
-    kernels = [event for event in events if event.get("cat") == "Node" and "op_name" in event["args"]]
-    return [event for event in kernels if event["name"].endswith("_kernel_time")]
+        session = open_session(model, threads=threads, profile=Path(folder) / "profile")
+        return benching.kernel_events(session, feeds, runs)
 
 
 def peak_bytes() -> int:
-    """Most memory that this process ever held.
-
-    getrusage's figure survives exec on Linux, so that a child would begin with its parent's peak; VmHWM does not.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
+    """Most memory that this process ever held."""
+    told = benching.peak_bytes()
+    if told is not None:
+        return told
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -147,6 +147,14 @@ def _peak(path: Path, feeds: Arrays, provider: Device, threads: int | None) -> i
     session = open_session(path, provider=provider, threads=threads)
     for _ in range(3):
         session.run(feeds)
+    return peak_bytes()
+
+
+def peak_bytes() -> int | None:
+    """Most memory that this process ever held, where the system tells.
+
+    Not getrusage's figure: that survives exec on Linux, so that a child would begin with its parent's peak.
+    """
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
@@ -182,20 +190,30 @@ def _profile(
     """By operator and provider: nodes, and the median over runs of the time that they take together."""
     with TemporaryDirectory() as folder:
         session = _session(model, provider, asked, Path(folder) / "profile")
-        for _ in range(PROFILED + 1):
-            session.run(feeds)
-        events = json.loads(Path(session.handle.end_profiling()).read_text(encoding="utf-8"))
+        events = kernel_events(session, feeds, PROFILED + 1)
     times: dict[tuple[str, str], dict[str, list[float]]] = {}
     for event in events:
-        told = event.get("args", {})
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            key = told["op_name"], told["provider"].removesuffix("ExecutionProvider").lower()
-            times.setdefault(key, {}).setdefault(event["name"], []).append(event["dur"])
+        told = event["args"]
+        key = told["op_name"], told["provider"].removesuffix("ExecutionProvider").lower()
+        times.setdefault(key, {}).setdefault(event["name"], []).append(event["dur"])
     return {
         # The first run also finds memory and algorithms.
         key: {"nodes": len(nodes), "microseconds": float(sum(np.median(runs[1:]) for runs in nodes.values()))}
         for key, nodes in times.items()
     }
+
+
+def kernel_events(session: Session, feeds: Arrays, runs: int) -> list[dict[str, Any]]:
+    """What ONNX Runtime's own profile says of each operator in each of so many runs, in order.
+
+    session: opened with `profile`; it is of no use for that afterwards.
+    """
+    for _ in range(runs):
+        session.run(feeds)
+    events = json.loads(Path(session.handle.end_profiling()).read_text(encoding="utf-8"))
+    return [
+        event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    ]
 
 
 # Shown

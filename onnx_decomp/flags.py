@@ -357,6 +357,14 @@ output_options = _chain(
     show_options,
 )
 
+json_option = click.option(
+    "--json",
+    "json_path",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    help="Write everything as JSON; - is stdout.",
+)
+
 frontier_options = _chain(
     model_options,
     click.option(
@@ -374,13 +382,7 @@ frontier_options = _chain(
         callback=_writes,
         help="Write the plan's model at this share of the cost.",
     ),
-    click.option(
-        "--json",
-        "json_path",
-        metavar="FILE",
-        type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
-        help="Write everything as JSON; - is stdout.",
-    ),
+    json_option,
     click.option("--picture", metavar="FILE.svg", type=FILE, help="Draw it."),
     click.option("--latency", is_flag=True, help="Measure how fast each point of the plan is."),
     show_options,
@@ -420,12 +422,6 @@ bench_options = _chain(
         help="Of the products that --calibrate times.",
     ),
     click.option("--cuda-graph", is_flag=True, help="On CUDA, start all kernels of a run at once."),
-    click.option(
-        "--json",
-        "json_path",
-        metavar="FILE",
-        type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
-        help="Write everything as JSON; - is stdout.",
-    ),
+    json_option,
     debug_option,
 )

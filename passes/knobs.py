@@ -19,7 +19,7 @@ from onnx_decomp.passes.correction import beside
 from onnx_decomp.passes.folding import block_ranks, block_sizes, partition
 from onnx_decomp.passes.heads import Directions, Turn, by_head, directions, turned_columns, turned_maps
 from onnx_decomp.passes.importance import through, weighted
-from onnx_decomp.passes.lowrank import factor
+from onnx_decomp.passes.lowrank import Factoring, factor
 from onnx_decomp.passes.moments import Moments
 from onnx_decomp.passes.reduction import UnitPath, round_up, unit_path
 from onnx_decomp.passes.ridge import factored, refit
@@ -222,17 +222,22 @@ def _rank_knob(standing: Standing, at: int, span: tuple[Labels, Labels], multipl
 def correction_knobs(standing: Standing, multiple: int) -> list[Knob]:
     """A knob for the rank of each correction, down to none at all."""
     found = []
-    for at, low in standing.corrections.items():
-        columns = np.flatnonzero(partition(standing.region, standing.segments)[at][1] != DROPPED)
-        importance = standing.importance[at]
-        within = None if importance is None else importance[np.ix_(columns, columns)]
-        tail = factor(standing.moments[at].xx, low[:, columns], within).tail
+    for at in standing.corrections:
+        tail = _correction_factors(standing, at)[1].tail
         now = standing.segment(at).corrections[at]
         levels = [*size_levels(now, multiple), 0]
         harm = np.array([float(tail[rank]) if rank < now else 0.0 for rank in levels])
         key = Key(standing.region.name, "correction", at)
         found.append(Knob(key, np.array(levels)[:, None], harm, np.zeros(len(harm))))
     return found
+
+
+def _correction_factors(standing: Standing, at: int) -> tuple[NDArray[np.intp], Factoring]:
+    """The columns that a correction makes, and all ranks of it."""
+    low, importance = standing.corrections[at], standing.importance[at]
+    columns = np.flatnonzero(partition(standing.region, standing.segments)[at][1] != DROPPED)
+    within = None if importance is None else importance[np.ix_(columns, columns)]
+    return columns, factor(standing.moments[at].xx, low[:, columns], within)
 
 
 def _rank(tail: Array, threshold: float, limit: int, multiple: int) -> int:
@@ -348,11 +353,9 @@ def _fed(standing: Standing, at: int, blocks: Affine, low: NDArray[np.floating] 
 
 def _truncated(standing: Standing, at: int, rank: int) -> Array:
     """The correction of one site with a lower rank."""
-    low, importance = standing.corrections[at], standing.importance[at]
-    columns = np.flatnonzero(partition(standing.region, standing.segments)[at][1] != DROPPED)
-    within = None if importance is None else importance[np.ix_(columns, columns)]
-    made = np.zeros(low.shape)
-    made[:, columns] = factor(standing.moments[at].xx, low[:, columns], within).truncated(rank)
+    columns, factoring = _correction_factors(standing, at)
+    made = np.zeros(standing.corrections[at].shape)
+    made[:, columns] = factoring.truncated(rank)
     return made
 
 

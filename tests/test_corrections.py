@@ -34,8 +34,7 @@ from tests.test_golden import check
 from tests.test_lowrank_forms import NETWORKS, check_low_rank, of_rank, products
 from tests.test_splitting import (
     _all_forms,
-    _keep,
-    _labels,
+    drawn_partition,
     index_of,
     newest_opset,
     only_region,
@@ -87,30 +86,19 @@ def test_every_link_rank_and_border(activation: str, rank: int, hide: str) -> No
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_random_partitions_and_dropped_units(data: st.DataObject) -> None:
-    layers = data.draw(st.integers(1, 4))
-    widths = tuple(data.draw(st.integers(4, 20)) for _ in range(layers + 1))
-    seed = data.draw(st.integers(0, 1000))
-    rank = data.draw(st.sampled_from([2, 3]))
-    planted = build(Planted(widths, blocks=2, rank=rank, bias=data.draw(st.booleans()), seed=seed))
-    index = index_of(planted.model)
-    region = only_region(index)
-    rng = np.random.default_rng(seed)
-    start = data.draw(st.integers(0, layers - 1))
-    stop = data.draw(st.integers(start + 1, layers))
-    blocks = data.draw(st.integers(2, 3))
-    labels = {group: _labels(rng, widths[group], blocks) for group in range(start, stop + 1)}
-    structure = Structure(tuple(range(start, stop)), labels, blocks, "exact", 0, 1)
-    keep = {group: _keep(rng, widths, group, structure) for group in range(1, layers)}
-    inside = st.dictionaries(st.integers(start, stop - 1), st.integers(1, 3))
-    factored = dict.fromkeys(data.draw(st.sets(st.integers(start, stop - 1))), (2,) * blocks)
-    segments = with_corrections(compose(region, [structure], keep), data.draw(inside))
+    drawn = drawn_partition(data)
+    region, structure = drawn.region, drawn.structure
+    within = st.sampled_from(structure.sites)
+    factored = dict.fromkeys(data.draw(st.sets(within)), (2,) * structure.blocks)
+    corrections = data.draw(st.dictionaries(within, st.integers(1, 3)))
+    segments = with_corrections(compose(region, [structure], drawn.keep), corrections)
     for shaped in _all_forms(region, segments):
         both = [
             replace(each, ranks=factored) if each.blocks > 1 and each.form != "batched" else each
             for each in shaped
         ]
         for written in (shaped, both):
-            check_low_rank(index, [(region, written)], calibration(planted, 5, seed=seed), 17)
+            check_low_rank(drawn.index, [(region, written)], drawn.feeds, 17)
 
 
 @pytest.mark.parametrize("name", ["transformer", "gated"])

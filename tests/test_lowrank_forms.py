@@ -48,8 +48,7 @@ from tests.test_report import make_program, shown
 from tests.test_splitting import (
     NOISE,
     _all_forms,
-    _keep,
-    _labels,
+    drawn_partition,
     index_of,
     newest_opset,
     only_region,
@@ -234,27 +233,17 @@ def test_one_layer_with_and_without_a_bias(rank: int, bias: bool, dtype: str) ->
 @given(st.data())
 def test_random_partitions_ranks_and_dropped_units(data: st.DataObject) -> None:
     """Any labels on any axis, dropped units, blocks factored or not, beside dense layers that are or are not."""
-    layers = data.draw(st.integers(1, 4))
-    widths = tuple(data.draw(st.integers(4, 20)) for _ in range(layers + 1))
-    seed = data.draw(st.integers(0, 1000))
-    rank = data.draw(st.sampled_from([2, 3]))
-    planted = build(Planted(widths, blocks=2, rank=rank, bias=data.draw(st.booleans()), seed=seed))
-    index = index_of(planted.model)
-    region = only_region(index)
-    rng = np.random.default_rng(seed)
-    start = data.draw(st.integers(0, layers - 1))
-    stop = data.draw(st.integers(start + 1, layers))
-    blocks = data.draw(st.integers(2, 3))
-    labels = {group: _labels(rng, widths[group], blocks) for group in range(start, stop + 1)}
-    structure = Structure(tuple(range(start, stop)), labels, blocks, "exact", 0, 1)
-    keep = {group: _keep(rng, widths, group, structure) for group in range(1, layers)}
+    drawn = drawn_partition(data)
+    region, structure = drawn.region, drawn.structure
     ranks = {
-        at: tuple(data.draw(st.integers(0, 6)) for _ in range(blocks if start <= at < stop else 1))
-        for at in data.draw(st.sets(st.integers(0, layers - 1)))
+        at: tuple(
+            data.draw(st.integers(0, 6)) for _ in range(structure.blocks if at in structure.sites else 1)
+        )
+        for at in data.draw(st.sets(st.integers(0, len(region.sites) - 1)))
     }
-    segments = with_ranks(compose(region, [structure], keep), ranks)
+    segments = with_ranks(compose(region, [structure], drawn.keep), ranks)
     for shaped in _all_forms(region, segments):
-        check_low_rank(index, [(region, shaped)], calibration(planted, 5, seed=seed), 17)
+        check_low_rank(drawn.index, [(region, shaped)], drawn.feeds, 17)
 
 
 NETWORKS = {

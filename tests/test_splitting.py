@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from models.planted import Planted, PlantedModel, build, calibration
 from onnx_decomp.axes import Region, find_regions
@@ -109,10 +111,19 @@ def test_every_link_rank_and_border(activation: str, rank: int, hide: str) -> No
         assert gathers == (2 if hide == "all" else 0)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.data())
-def test_random_partitions_with_dropped_units(data: st.DataObject) -> None:
-    """Any labels on any axis, dropped units, structure over a part of the run only: same function as the dense one."""
+@dataclass(frozen=True)
+class Drawn:
+    """A random run of layers, blocks over a part of it, and units that are dropped."""
+
+    index: GraphIndex
+    region: Region
+    structure: Structure
+    keep: dict[int, NDArray[np.bool_]]
+    feeds: dict[str, NDArray[Any]]
+
+
+def drawn_partition(data: st.DataObject) -> Drawn:
+    """Any labels on any axis, over a part of the layers."""
     layers = data.draw(st.integers(1, 4))
     widths = tuple(data.draw(st.integers(4, 20)) for _ in range(layers + 1))
     seed = data.draw(st.integers(0, 1000))
@@ -126,11 +137,19 @@ def test_random_partitions_with_dropped_units(data: st.DataObject) -> None:
     blocks = data.draw(st.integers(2, 3))
     labels = {group: _labels(rng, widths[group], blocks) for group in range(start, stop + 1)}
     structure = Structure(tuple(range(start, stop)), labels, blocks, "exact", 0, 1)
-    assert region.order == tuple(range(layers + 1))
     keep = {group: _keep(rng, widths, group, structure) for group in range(1, layers)}
-    segments = compose(region, [structure], keep)
-    for shaped in _all_forms(region, segments):
-        check_equal(index, rewrite_of(index, region, shaped), calibration(planted, 5, seed=seed), 17)
+    return Drawn(index, region, structure, keep, calibration(planted, 5, seed=seed))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_random_partitions_with_dropped_units(data: st.DataObject) -> None:
+    """Any labels on any axis, dropped units, structure over a part of the run only: same function as the dense one."""
+    drawn = drawn_partition(data)
+    index, region = drawn.index, drawn.region
+    assert region.order == tuple(range(len(region.sites) + 1))
+    for shaped in _all_forms(region, compose(region, [drawn.structure], drawn.keep)):
+        check_equal(index, rewrite_of(index, region, shaped), drawn.feeds, 17)
 
 
 def _labels(rng: np.random.Generator, width: int, blocks: int) -> np.ndarray:
