@@ -200,6 +200,7 @@ class Run:
             data,
             self.progress,
             target=self.target,
+            provider=self.provider,
             evaluation=self.evaluation,
             aside=self.aside,
             timed_samples=timed if self.nested is None else data.fixed or timed,  # one run of a body
@@ -267,7 +268,7 @@ class Run:
             return False
         if program.data.kind == "synthetic":
             self.warnings.append("not verified on real data: only synthetic inputs were given to the model")
-        self.gates = Gates(program, original, self.provider)
+        self.gates = Gates(program, original)
         if self.options.shapes:
             _ = self.gates.timed  # refuses shapes that do not fit, before the work is done
         return True
@@ -288,7 +289,7 @@ class Run:
         if sites:
             outer = [name for region in program.regions for name in outer_tensors(program.index, region)]
             outer += [name for site in sites if (name := stream_of(program.index, site)) is not None]
-            program.probe = Probe(program.index, sites, self.source.folder, outer)
+            program.probe = Probe(program.index, sites, self.source.folder, outer, provider=self.provider)
             self._refuse_overflow(program, program.probe)
             program.rows_per_sample = self._rows_per_sample(program, program.probe)
             most = max(MOST_ROWS // max(program.rows_per_sample.values()), 1)

@@ -70,8 +70,6 @@ class Gates:
 
     program: Program
     original: Session
-    provider: Device
-    """That things are measured on here."""
     faster: set[str] = field(default_factory=set)
     """Regions that made the rest faster when they were asked."""
 
@@ -144,7 +142,7 @@ class Gates:
 
     def session(self, model: onnx.ModelProto | Path) -> Session:
         """Of the original or of what was written of it."""
-        return session_of(model, self.program.source, self.program.options, self.provider)
+        return session_of(model, self.program.source, self.program.options, self.program.provider)
 
     def _worse(self, found: Findings, candidate: Session) -> bool:
         """Whether the user's own score falls by more than the tolerance."""
@@ -178,7 +176,7 @@ class Gates:
     def _noise(self, rewrites: Sequence[Rewrite]) -> float:
         sites = [site for rewrite in rewrites for site in rewrite.region.sites]
         noise = max(FLOAT_NOISE[kind] for site in sites for kind in (site.dtype, site.storage))
-        return max(noise, TF32_NOISE) if self.provider == "cuda" else noise
+        return max(noise, TF32_NOISE) if self.program.provider == "cuda" else noise
 
     def _own_rounding(self) -> dict[str, float]:
         """How far an original of 16 bits differs from itself when only the order of its sums changes; else nothing.

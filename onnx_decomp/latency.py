@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from onnx_decomp.runtime import Arrays, Session
@@ -55,7 +54,7 @@ def compare(
 
     Raises RunError where either fails to run.
     """
-    runs = [_runner(session, feeds) for session in (before, after)]
+    runs = [session.bound(feeds) for session in (before, after)]
     repeats = max(1, math.ceil(MIN_TIMING / min(_warm_up(run) for run in runs)))
     times = _rounds(runs, repeats, seconds, min_rounds)
     speedup, interval = _median_ratio(times, seed)
@@ -63,24 +62,6 @@ def compare(
     samples = max((len(array) for array in feeds.values()), default=0)
     provider, threads = before.provider, before.threads
     return Latency(provider, threads, before_ms, after_ms, speedup, interval, len(times), samples)
-
-
-def _runner(session: Session, feeds: Arrays) -> Callable[[], object]:
-    """One run, finished when it returns. On CUDA inputs and outputs lie on the device, at the same place every time."""
-    made = session.run(feeds)  # fails in one line if it fails
-    if session.provider == "cpu":
-        return lambda: session.handle.run(None, feeds)
-    binding = session.handle.io_binding()
-    for name, array in feeds.items():
-        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
-    for name, array in made.items():
-        binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
-    return lambda: _run_bound(session, binding)
-
-
-def _run_bound(session: Session, binding: ort.IOBinding) -> None:
-    session.handle.run_with_iobinding(binding)
-    binding.synchronize_outputs()
 
 
 def _warm_up(run: Callable[[], object]) -> float:

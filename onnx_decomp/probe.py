@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx_decomp.axes import Region
 from onnx_decomp.graph import is_standard, mentions
 from onnx_decomp.graph_index import INITIALIZERS_APART, GraphIndex
-from onnx_decomp.runtime import Session, open_session
+from onnx_decomp.runtime import Device, Session, open_session
 from onnx_decomp.scratch import kept
 from onnx_decomp.sites import Affine, Site, read_affine
 
@@ -157,34 +157,6 @@ def _bias(site: Site) -> str:
     return f"onnx_decomp.probe.{site.index}.b"
 
 
-def _widened(model: onnx.ModelProto, types: Mapping[str, int]) -> frozenset[str]:
-    """Make inputs and outputs of bfloat16, which numpy does not know, float32 under another name; give their names.
-
-    types: element type of each tensor, as far as it is known.
-    """
-    graph, narrow, wide = model.graph, onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
-    nodes, names = list(graph.node), set[str]()
-    for value in graph.input:
-        if value.type.tensor_type.elem_type == narrow:
-            names.add(value.name)
-            nodes.insert(0, onnx.helper.make_node("Cast", [_port(value.name)], [value.name], to=narrow))
-            value.name, value.type.tensor_type.elem_type = _port(value.name), wide
-    for value in graph.output:
-        if types.get(value.name) == narrow:
-            names.add(value.name)
-            nodes.append(onnx.helper.make_node("Cast", [value.name], [_port(value.name)], to=wide))
-            value.CopyFrom(onnx.ValueInfoProto(name=_port(value.name)))
-    if names:
-        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del graph.node[:]
-        graph.node.extend(copies)
-    return frozenset(names)
-
-
-def _port(name: str) -> str:
-    return f"onnx_decomp.probe.float32.{name}"
-
-
 def _only_apart(model: onnx.ModelProto) -> None:
     """Old models list initializers among the inputs, where newer ones mean defaults that may be overridden."""
     if model.ir_version >= INITIALIZERS_APART:
@@ -231,6 +203,7 @@ class Probe:
         fetch: Sequence[str] = (),
         region: Region | None = None,
         piece: Piece | None = None,
+        provider: Device = "cpu",
     ) -> None:
         self._index = index
         self.sites = tuple(sites)
@@ -247,8 +220,7 @@ class Probe:
             # Nothing forbids to list an output twice.
             self.outputs = tuple(dict.fromkeys(value.name for value in index.proto.graph.output))
             model = probe_model(index, sites, self._fetchable(tensors))
-        self._widened = _widened(model, index.element_types)
-        self._session: Session = open_session(model, folder=folder, prepack=False)
+        self._session: Session = open_session(model, provider=provider, folder=folder, prepack=False)
 
     def _fetchable(self, tensors: Iterable[str]) -> list[str]:
         return [name for name in dict.fromkeys(tensors) if name not in self._fed]
@@ -265,14 +237,7 @@ class Probe:
         inputs = {name: array for name, array in feeds.items() if name in self._fed}
         for site in self.sites:
             inputs[_weight(site)], inputs[_bias(site)] = self._stored(site, affine.get(site.index))
-        for name in self._widened.intersection(inputs):
-            inputs[_port(name)] = inputs.pop(name).astype(np.float32)
-        made = self._session.run(inputs, [self._outside(name) for name in asked], partial=True)
-        return given | dict(zip(asked, made.values(), strict=True))
-
-    def _outside(self, name: str) -> str:
-        """What the session calls a tensor."""
-        return _port(name) if name in self._widened else name
+        return given | self._session.run(inputs, asked, partial=True)
 
     def _stored(self, site: Site, affine: Affine | None) -> tuple[NDArray[Any], NDArray[Any]]:
         if affine is not None:

@@ -195,6 +195,8 @@ class Program:
     """Regions that a gate has undone, with the reason; they are not planned again."""
     target: Device = "cpu"
     """The provider that it is written for."""
+    provider: Device = "cpu"
+    """The provider that things are measured on here: that one, if it works here."""
     timed_samples: int = 128
     """Samples of one timed run: what predicted times are for."""
     rows_per_sample: dict[int, int] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from onnx_decomp.axes import Region
 from onnx_decomp.graph import mentions
 from onnx_decomp.graph_index import GraphIndex
 from onnx_decomp.probe import Feeds, Piece, Probe, outer_tensors
+from onnx_decomp.runtime import Device
 from onnx_decomp.scratch import kept
 from onnx_decomp.sites import Affine, Site
 
@@ -31,6 +32,7 @@ class Relay:
     sites: Sequence[Site]
     regions: Sequence[Region]
     folder: Path | None
+    provider: Device = "cpu"
     _pieces: list[Piece] = field(init=False)
     _sessions: dict[int, Probe] = field(default_factory=dict)
 
@@ -68,7 +70,7 @@ class Relay:
             made = tuple(name for name in piece.leaving if name not in piece.entering)
             others = piece.positions - {site.nodes[-1] for site in ends}
             own = Piece(others, piece.entering, made)
-            self._sessions[number] = Probe(self.index, ends, self.folder, piece=own)
+            self._sessions[number] = Probe(self.index, ends, self.folder, piece=own, provider=self.provider)
         found = self._sessions[number].run(feeds, affine)
         return passed | {name: kept(array) for name, array in found.items()}
 

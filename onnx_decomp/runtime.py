@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import io
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from onnx_decomp import driver
 from onnx_decomp.errors import CannotVerifyError, ProviderError
 from onnx_decomp.interruption import stoppable
 from onnx_decomp.options import Provider
@@ -28,6 +32,9 @@ Device = Literal["cpu", "cuda"]
 Arrays = Mapping[str, NDArray[Any]]
 
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+NOT_RECORDED = -1
+"""What ONNX Runtime calls a run that takes no part in CUDA graphs."""
+
 _FATAL = 4  # ONNX Runtime's log severity: what goes wrong comes as an exception, in one line
 _WARNING = 2  # ... and its default
 
@@ -46,14 +53,23 @@ class Port:
 
 
 class Session:
-    """A model ready to run on one provider."""
+    """A model ready to run on one provider.
 
-    def __init__(self, handle: ort.InferenceSession, provider: Device, threads: int | None) -> None:
+    numpy knows no bfloat16: inputs of that type are taken as float32 too, outputs are given as float32.
+    cuda_graph: whether `bound` runs are recorded, and then started as a whole.
+    """
+
+    def __init__(
+        self, handle: ort.InferenceSession, provider: Device, threads: int | None, cuda_graph: bool = False
+    ) -> None:
         self.handle = handle
         self.provider = provider
         self.threads = threads
+        self.cuda_graph = cuda_graph
         self.inputs = tuple(_port(item) for item in handle.get_inputs())
         self.outputs = tuple(_port(item) for item in handle.get_outputs())
+        self._narrow = {port.name for port in (*self.inputs, *self.outputs) if port.dtype == "bfloat16"}
+        self._recordings = count(1)
 
     def run(
         self,
@@ -71,19 +87,70 @@ class Session:
         Raises RunError where ONNX Runtime refuses the feeds or fails, or time is over.
         """
         names = [port.name for port in self.outputs] if outputs is None else list(outputs)
-        options = ort.RunOptions()
-        options.log_severity_level = _FATAL
+        options = self._run_options(NOT_RECORDED)
         options.only_execute_path_to_fetches = partial
         started = time.monotonic()
         try:
             with stoppable(lambda: setattr(options, "terminate", True), seconds):
-                return dict(zip(names, self.handle.run(names, dict(feeds), options), strict=True))
+                return dict(zip(names, self._run(names, feeds, options), strict=True))
         except Exception as error:
             if seconds is not None and time.monotonic() - started >= seconds:
                 raise RunError(
                     f"the model runs for more than {seconds:.0f} s: is there a Loop without end in it?"
                 ) from error
             raise RunError(f"the model fails to run: {_reason(error)}") from error
+
+    def _run(self, names: Sequence[str], feeds: Arrays, options: ort.RunOptions) -> list[Any]:
+        if not self._narrow:
+            return list(self.handle.run(names, dict(feeds), options))
+        values = {name: self._value(name, array) for name, array in feeds.items()}
+        return [_array(value) for value in self.handle.run_with_ort_values(names, values, options)]
+
+    def bound(self, feeds: Arrays) -> Callable[[], object]:
+        """One run as a server does it, finished when it returns: inputs and outputs stay where they are.
+
+        On CUDA they lie on the device. Raises RunError where ONNX Runtime fails in the first run.
+        """
+        strings = any(array.dtype.kind in "OSU" for array in feeds.values())
+        if strings or (self.provider == "cpu" and not self._narrow):
+            self.run(feeds)  # fails in one line if it fails
+            return functools.partial(self.handle.run, None, dict(feeds))
+        try:
+            return self._bound(feeds)
+        except Exception as error:
+            raise RunError(f"the model fails to run: {_reason(error)}") from error
+
+    def _bound(self, feeds: Arrays) -> Callable[[], object]:
+        binding = self.handle.io_binding()
+        values = {name: self._value(name, array) for name, array in feeds.items()}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)  # copied to where it is read
+        for port in self.outputs:
+            binding.bind_output(port.name, self.provider)
+        self.handle.run_with_iobinding(binding, self._run_options(NOT_RECORDED))
+        for port, value in zip(self.outputs, binding.get_outputs(), strict=True):
+            binding.bind_ortvalue_output(port.name, value)
+        options = self._run_options(next(self._recordings))
+
+        def once(_lent: object = values) -> None:  # on the CPU the binding reads their memory
+            self.handle.run_with_iobinding(binding, options)
+            binding.synchronize_outputs()
+
+        return once
+
+    def _run_options(self, recording: int) -> ort.RunOptions:
+        """recording: number of the CUDA graph that a run belongs to: one for each set of buffers."""
+        options = ort.RunOptions()
+        options.log_severity_level = _FATAL
+        if self.cuda_graph:
+            options.add_run_config_entry("gpu_graph_id", str(recording))
+        return options
+
+    def _value(self, name: str, array: NDArray[Any]) -> ort.OrtValue:
+        if name not in self._narrow:
+            return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        bits = np.ascontiguousarray(array, ml_dtypes.bfloat16).view(np.uint16)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
 
 
 def open_session(
@@ -99,8 +166,8 @@ def open_session(
 ) -> Session:
     """Load a model.
 
-    profile: how the file starts that ONNX Runtime writes its times to. cuda_graph: on CUDA, start all kernels of a run
-    at once, as they were recorded in the first runs; inputs have to stay where they lie.
+    profile: how the file starts that ONNX Runtime writes its times to. cuda_graph: on CUDA, `bound` runs start all
+    kernels at once, as they were recorded in the first ones.
 
     threads: of one operator; None leaves it to ONNX Runtime. folder: where a ModelProto's external data lies.
     prepack: False leaves external weights in their files and makes no copies of them, slower but bounded in memory.
@@ -130,7 +197,7 @@ def open_session(
         raise RunError(f"ONNX Runtime can't load the model: {_reason(error)}") from error
     if handle.get_providers()[0] != _PROVIDERS[provider][0]:
         raise RunError(f"ONNX Runtime did not start its {provider} provider: see `resolve_provider`")
-    return Session(handle, provider, threads)
+    return Session(handle, provider, threads, cuda_graph and provider == "cuda")
 
 
 def resolve_provider(asked: Provider) -> Device:
@@ -154,7 +221,7 @@ def cuda_problem() -> str | None:
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         return "this ONNX Runtime is built without it: `pip install onnx-decomp[cuda]`"
     windows = sys.platform == "win32"
-    if _devices("nvcuda.dll" if windows else "libcuda.so.1") == 0:
+    if not driver.devices():
         return "no NVIDIA driver with a GPU was found"
     with _quiet():
         ort.preload_dlls()
@@ -180,18 +247,6 @@ def duplicate_runtimes() -> str | None:
     except PackageNotFoundError:
         return None
     return f"{' and '.join(found)} overwrite each other: uninstall both, then reinstall the one you want"
-
-
-def _devices(driver: str) -> int:
-    """GPUs that NVIDIA's driver shows; 0 without a driver."""
-    try:
-        library = ctypes.CDLL(driver)
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if library.cuInit(0) != 0 or library.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
 
 
 def _smallest_model() -> onnx.ModelProto:
@@ -221,6 +276,16 @@ def _port(item: Any) -> Port:
     kind = re.sub(r"tensor\((.*)\)", r"\1", item.type)
     names = {"float": "float32", "double": "float64", "string": "object"}
     return Port(item.name, names.get(kind, kind), tuple(item.shape))
+
+
+def _array(value: ort.OrtValue) -> Any:
+    if value.data_type() != "tensor(bfloat16)":
+        return value.numpy()
+    size = value.tensor_size_in_bytes()
+    if not size:
+        return np.zeros(value.shape(), np.float32)
+    bits = np.frombuffer(ctypes.string_at(value.data_ptr(), size), ml_dtypes.bfloat16)
+    return bits.astype(np.float32).reshape(value.shape())
 
 
 @contextmanager

@@ -144,7 +144,7 @@ class Search:
         program = self.program
         self._calibrators = {region.name: self._new_calibrator(region) for region in self.regions}
         sites = [site for region in program.regions for site in region.sites]
-        relay = Relay(program.index, sites, self.regions, program.source.folder)
+        relay = Relay(program.index, sites, self.regions, program.source.folder, program.provider)
         if len(self.regions) > 1 and relay.possible and program.data.kind == "calibration":
             self._relay = relay
             for part, flow in self.flows().items():
@@ -173,7 +173,9 @@ class Search:
         return Calibrator(
             program.probe,
             program.data,
-            Probe(program.index, region.sites, program.source.folder, region=region),
+            Probe(
+                program.index, region.sites, program.source.folder, region=region, provider=program.provider
+            ),
             outer_tensors(program.index, region),
             {},
             HELD // len(self.regions),

@@ -25,7 +25,7 @@ from onnx_decomp.passes.independence import Independent, co_cluster
 from onnx_decomp.passes.influence import fields_of, measure, measure_grouped, off_influence
 from onnx_decomp.probe import Probe
 from onnx_decomp.program import DROPPED, Labels, Program, Structure
-from onnx_decomp.runtime import RunError
+from onnx_decomp.runtime import Device, RunError
 from onnx_decomp.sites import GraphIndex
 
 Array = NDArray[np.float32]
@@ -54,14 +54,15 @@ class Slicing:
         chosen = [region for region in program.regions if sliceable(region)]
         if not chosen:
             return
-        probe = Probe(program.index, (), program.source.folder, [region.entries[0] for region in chosen])
+        entries = [region.entries[0] for region in chosen]
+        probe = Probe(program.index, (), program.source.folder, entries, provider=program.provider)
         for region in chosen:
             # Where the whole model runs but this part by itself does not, nothing is claimed of it.
             with contextlib.suppress(RunError):
                 self._slice(program, region, probe)
 
     def _slice(self, program: Program, region: Region, probe: Probe) -> None:
-        forward = Forward(program.index, region, program.source.folder)
+        forward = Forward(program.index, region, program.source.folder, program.provider)
         x = self._entry(program, region, probe, "fit")
         rng = np.random.default_rng(program.options.seed)
         fields = fields_of(x)
@@ -123,10 +124,12 @@ def sliceable(region: Region) -> bool:
 class Forward:
     """A region by itself: x [S, ..., K] to all its outputs side by side, [S, ..., N]."""
 
-    def __init__(self, index: GraphIndex, region: Region, folder: Path | None = None) -> None:
+    def __init__(
+        self, index: GraphIndex, region: Region, folder: Path | None = None, provider: Device = "cpu"
+    ) -> None:
         """folder: where external data lies."""
         self._region, self._type = region, region.sites[0].dtype
-        self._probe = Probe(index, region.sites, folder, region=region)
+        self._probe = Probe(index, region.sites, folder, region=region, provider=provider)
         ends = np.cumsum([len(region.carriers[name].units) for name in region.exits])
         self.splits = tuple(int(end) for end in ends)
 
