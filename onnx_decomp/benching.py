@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_decomp import calibration, model_io
-from onnx_decomp.errors import InputError
+from onnx_decomp import calibration, driver, model_io
+from onnx_decomp.errors import InputError, UsageError
 from onnx_decomp.latency import Latency, compare
 from onnx_decomp.metrics import compare_outputs
 from onnx_decomp.model_io import ModelFile
@@ -58,6 +58,8 @@ def bench_models(before: Path, after: Path, asked: Asked) -> dict[str, Any]:
     ProviderError where the provider does not work.
     """
     provider = resolve_provider(asked.provider)
+    if asked.cuda_graph and provider != "cuda":
+        raise UsageError("--cuda-graph: there are none on the CPU: leave it out, or use --provider cuda")
     models = [model_io.load(path) for path in (before, after)]
     sessions = [_session(model, provider, asked) for model in models]
     ports = [{(port.name, port.dtype) for port in (*each.inputs, *each.outputs)} for each in sessions]
@@ -71,6 +73,7 @@ def bench_models(before: Path, after: Path, asked: Asked) -> dict[str, Any]:
         "schema": SCHEMA,
         "versions": versions(),
         "provider": provider,
+        "device": driver.devices()[0] if provider == "cuda" else None,
         "threads": asked.threads,
         "cuda_graph": asked.cuda_graph,
         "models": [
@@ -126,28 +129,42 @@ def _described(path: Path, model: ModelFile, feeds: Arrays, provider: Device, as
         "sha256": model.sha256,
         "bytes": model.size,
         "parameters": model_io.parameters(model.proto),
-        "peak_bytes": _alone(path, feeds, provider, asked.threads),
+        **asdict(_alone(path, feeds, provider, asked.threads)),
     }
 
 
 # Memory
 
 
-def _alone(path: Path, feeds: Arrays, provider: Device, threads: int | None) -> int | None:
-    """Peak resident memory of a process that does no more than load the model and run it; None where unknown."""
+@dataclass(frozen=True)
+class Memory:
+    """Most bytes that a process holds which does no more than load the model and run it; None where unknown.
+
+    peak_bytes: resident. device_bytes: taken from the GPU for the model, its buffers and its libraries.
+    """
+
+    peak_bytes: int | None = None
+    device_bytes: int | None = None
+
+
+def _alone(path: Path, feeds: Arrays, provider: Device, threads: int | None) -> Memory:
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(1, context) as pool:
-            return pool.submit(_peak, path, dict(feeds), provider, threads).result()
+            return pool.submit(_taken, path, dict(feeds), provider, threads).result()
     except (BrokenProcessPool, OSError):
-        return None
+        return Memory()
 
 
-def _peak(path: Path, feeds: Arrays, provider: Device, threads: int | None) -> int | None:
+def _taken(path: Path, feeds: Arrays, provider: Device, threads: int | None) -> Memory:
+    before = driver.used_bytes() if provider == "cuda" else None
+    if provider == "cuda":
+        resolve_provider(provider)  # loads its libraries
     session = open_session(path, provider=provider, threads=threads)
     for _ in range(3):
         session.run(feeds)
-    return peak_bytes()
+    after = None if before is None else driver.used_bytes()
+    return Memory(peak_bytes(), None if before is None or after is None else after - before)
 
 
 def peak_bytes() -> int | None:
@@ -237,7 +254,9 @@ def _table(title: str, *headings: str) -> Table:
 
 def _speeds(found: Mapping[str, Any]) -> Table:
     threads = "default threads" if found["threads"] is None else f"{found['threads']} threads"
-    where = f"{found['provider']}, {threads}{', CUDA graph' if found['cuda_graph'] else ''}"
+    where = (
+        f"{found['device'] or found['provider']}, {threads}{', CUDA graph' if found['cuda_graph'] else ''}"
+    )
     table = _table(f"speed ({where})", "input", "A ms", "B ms", "A / B [95 %]", "A /s", "B /s", "B - A")
     for row in found["shapes"]:
         low, high = row["interval"]
@@ -253,12 +272,20 @@ def _speeds(found: Mapping[str, Any]) -> Table:
 
 
 def _sizes(found: Mapping[str, Any]) -> Table:
-    table = _table("size", "model", "file", "parameters", "peak memory")
+    table = _table("size", "model", "file", "parameters", "peak memory", "GPU memory")
     for letter, model in zip("AB", found["models"], strict=True):
-        peak = "-" if model["peak_bytes"] is None else f"{model['peak_bytes'] / 2**20:,.0f} MiB"
         size = f"{model['bytes'] / 2**20:,.1f} MiB"
-        table.add_row(f"{letter} {printable(model['path'])}", size, f"{model['parameters']:,}", peak)
+        table.add_row(
+            f"{letter} {printable(model['path'])}",
+            size,
+            f"{model['parameters']:,}",
+            *(_mebibytes(model[kind]) for kind in ("peak_bytes", "device_bytes")),
+        )
     return table
+
+
+def _mebibytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:,.0f} MiB"
 
 
 def _operators(found: Mapping[str, Any]) -> Table:

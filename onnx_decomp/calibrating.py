@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from scipy.optimize import least_squares
 
-from onnx_decomp import cost
+from onnx_decomp import cost, driver
 from onnx_decomp.axes import Region, find_regions
 from onnx_decomp.cost import CostModel
 from onnx_decomp.graph_index import GraphIndex
@@ -72,7 +72,7 @@ def calibrate(
     return {
         "schema": cost.SCHEMA,
         "provider": provider,
-        "measured_on": f"{platform.machine()}, {threads or 'default'} threads, {len(found)} cases",
+        "measured_on": f"{_device(provider)}, {threads or 'default'} threads, {len(found)} cases",
         "median_error": {
             "before": float(np.median(errors(start, found[1::2]))),
             "after": float(np.median(held)),
@@ -90,6 +90,10 @@ def calibrate(
             for case in found
         ],
     }
+
+
+def _device(provider: Device) -> str:
+    return driver.devices()[0] if provider == "cuda" else platform.machine()
 
 
 def fit(start: CostModel, cases: Sequence[Case]) -> CostModel:

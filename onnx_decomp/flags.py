@@ -314,9 +314,14 @@ shape_option = click.option(
     help="Shapes that must not get slower, as x:1x128,x:32x128; inputs of one run joined by +.",
 )
 
+cuda_graph_option = click.option(
+    "--cuda-graph", is_flag=True, help="On CUDA, time runs that start all kernels at once."
+)
+
 compile_options = _chain(
     model_options,
     shape_option,
+    cuda_graph_option,
     click.option(
         "--min-speedup",
         type=float,
@@ -416,12 +421,12 @@ bench_options = _chain(
     ),
     click.option(
         "--dtype",
-        type=click.Choice(("float32", "float16")),
+        type=click.Choice(("float32", "float16", "bfloat16")),
         default="float32",
         show_default=True,
         help="Of the products that --calibrate times.",
     ),
-    click.option("--cuda-graph", is_flag=True, help="On CUDA, start all kernels of a run at once."),
+    cuda_graph_option,
     json_option,
     debug_option,
 )

@@ -245,7 +245,12 @@ def session_of(
     if isinstance(model, onnx.ModelProto):
         model, folder = saving.rooted(model, folder)
     return open_session(
-        model, provider=provider, threads=options.threads, folder=folder, prepack=options.latency_gate
+        model,
+        provider=provider,
+        threads=options.threads,
+        folder=folder,
+        prepack=options.latency_gate,
+        cuda_graph=options.cuda_graph and options.latency_gate,
     )
 
 

@@ -40,6 +40,7 @@ class Options:
     shapes: tuple[
         Shape, ...
     ] = ()  # each of which the latency gate measures; none: samples of the report part
+    cuda_graph: bool = False  # the latency gate times runs that start all kernels at once
     seed: int = 0
     include: str | None = None
     exclude: str | None = None

@@ -129,12 +129,21 @@ def test_inputs_follow_by_the_names_of_their_dims() -> None:
     assert all(np.array_equal(feeds[name], again[name]) for name in feeds)
 
 
+def test_cuda_graphs_need_cuda(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["bench", *map(str, pair)], [str(pair[0]), str(pair[0].with_name("out.onnx"))]):
+        assert cli.main([*command, "--provider", "cpu", "--cuda-graph"]) == 2
+        assert "--cuda-graph: there are none on the CPU" in capsys.readouterr().err
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(cuda_problem() is not None, reason=f"no CUDA: {cuda_problem()}")
 @pytest.mark.parametrize("graph", [False, True])
 def test_on_a_gpu(pair: tuple[Path, Path], graph: bool) -> None:
-    asked = Asked(((("x", (64, 256)),),), provider="cuda", seconds=0.3, cuda_graph=graph)
+    asked = Asked(((("x", (64, 256)),), (("x", (1, 256)),)), provider="cuda", seconds=0.3, cuda_graph=graph)
     found = bench_models(*pair, asked)
     assert found["provider"] == "cuda"
     assert {row["provider"] for row in found["operators"]} == {"cuda"}
+    large, tiny = (described["device_bytes"] for described in found["models"])
+    assert large is not None
+    assert large >= tiny > 0
     assert "fall back" not in verdict(found)
