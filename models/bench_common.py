@@ -6,7 +6,6 @@ import os
 import platform
 import resource
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import onnx
 import onnxruntime as ort
 from rich.table import Table
 
-from onnx_decomp import benching, latency
+from onnx_decomp import benching, latency, profiling
 from onnx_decomp.latency import Latency
 from onnx_decomp.runtime import Arrays, open_session
 
@@ -77,9 +76,9 @@ def kernel_events(
     model: onnx.ModelProto, feeds: Arrays, threads: int | None, runs: int
 ) -> list[dict[str, Any]]:
     """What ONNX Runtime's own profile says of each operator in each of so many runs, in order."""
-    with tempfile.TemporaryDirectory() as folder:
-        session = open_session(model, threads=threads, profile=Path(folder) / "profile")
-        return benching.kernel_events(session, feeds, runs)
+    return profiling.kernel_events(
+        lambda file: open_session(model, threads=threads, profile=file), feeds, runs
+    )
 
 
 def peak_bytes() -> int:

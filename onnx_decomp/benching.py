@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from onnx_decomp import calibration, driver, model_io
 from onnx_decomp.errors import InputError, UsageError
@@ -21,6 +18,7 @@ from onnx_decomp.latency import Latency, compare
 from onnx_decomp.metrics import compare_outputs
 from onnx_decomp.model_io import ModelFile
 from onnx_decomp.options import Provider, Shape, shape_name
+from onnx_decomp.profiling import Kernels, profile
 from onnx_decomp.report import versions
 from onnx_decomp.runtime import Arrays, Device, Session, open_session, resolve_provider
 from onnx_decomp.terminal import printable
@@ -187,50 +185,18 @@ def _profiles(
     models: Sequence[ModelFile], feeds: Arrays, provider: Device, asked: Asked
 ) -> list[dict[str, Any]]:
     """For each operator of the optimized models: how many there are, on which provider, and microseconds of a run."""
-    found = [_profile(model, feeds, provider, asked) for model in models]
-    none = {"nodes": 0, "microseconds": 0.0}
+    before, after = (profile(partial(_session, model, provider, asked), feeds, PROFILED) for model in models)
+    none = Kernels()
     rows = [
         {
             "operator": operator,
             "provider": where,
-            "before": found[0].get((operator, where), none),
-            "after": found[1].get((operator, where), none),
+            "before": asdict(before.get((operator, where), none)),
+            "after": asdict(after.get((operator, where), none)),
         }
-        for operator, where in dict.fromkeys([*found[0], *found[1]])
+        for operator, where in dict.fromkeys([*before, *after])
     ]
     return sorted(rows, key=lambda row: -row["before"]["microseconds"])
-
-
-def _profile(
-    model: ModelFile, feeds: Arrays, provider: Device, asked: Asked
-) -> dict[tuple[str, str], dict[str, float]]:
-    """By operator and provider: nodes, and the median over runs of the time that they take together."""
-    with TemporaryDirectory() as folder:
-        session = _session(model, provider, asked, Path(folder) / "profile")
-        events = kernel_events(session, feeds, PROFILED + 1)
-    times: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for event in events:
-        told = event["args"]
-        key = told["op_name"], told["provider"].removesuffix("ExecutionProvider").lower()
-        times.setdefault(key, {}).setdefault(event["name"], []).append(event["dur"])
-    return {
-        # The first run also finds memory and algorithms.
-        key: {"nodes": len(nodes), "microseconds": float(sum(np.median(runs[1:]) for runs in nodes.values()))}
-        for key, nodes in times.items()
-    }
-
-
-def kernel_events(session: Session, feeds: Arrays, runs: int) -> list[dict[str, Any]]:
-    """What ONNX Runtime's own profile says of each operator in each of so many runs, in order.
-
-    session: opened with `profile`; it is of no use for that afterwards.
-    """
-    for _ in range(runs):
-        session.run(feeds)
-    events = json.loads(Path(session.handle.end_profiling()).read_text(encoding="utf-8"))
-    return [
-        event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
-    ]
 
 
 # Shown

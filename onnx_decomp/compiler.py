@@ -50,6 +50,7 @@ from onnx_decomp.passes.slicing import Slicing
 from onnx_decomp.passes.splitting import Splitting
 from onnx_decomp.passes.windows import Overlapping
 from onnx_decomp.probe import Probe, outer_tensors, stream_of
+from onnx_decomp.profiling import losses
 from onnx_decomp.program import Pass, Program
 from onnx_decomp.progress import Progress, Silent
 from onnx_decomp.report import Measured, build, record_output
@@ -450,12 +451,16 @@ def compile_model(
         program, written = run.compile()
     if written is None:
         run.findings = Findings()
+    elif run.findings.latency is not None:
+        run.findings.operators = run.gates.operators(written)
+        run.warnings += losses(run.findings.operators, run.provider)
     measured = Measured(
         verification=run.findings.verification,
         rewrite_change=run.findings.rewrite_change,
         scores=run.findings.scores,
         latency=run.findings.latency,
         shapes=run.findings.shapes if options.shapes else {},
+        operators=run.findings.operators,
         history=tuple(run.history),
         warnings=tuple(run.warnings),
         seconds=time.monotonic() - run.started,

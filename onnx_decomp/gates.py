@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from onnx_decomp.model_io import ModelFile
 from onnx_decomp.options import Options, shape_name
 from onnx_decomp.passes.compensation import BATCH
 from onnx_decomp.passes.splitting import emit
+from onnx_decomp.profiling import Operator, profile, side_by_side
 from onnx_decomp.program import Program, Rewrite
 from onnx_decomp.runtime import Device, Session, open_session
 
@@ -60,6 +61,8 @@ class Findings:
     """Of the shape that gains least, where several were asked for."""
     shapes: Mapping[str, Latency] = field(default_factory=dict)
     """Of every shape that was asked for."""
+    operators: Sequence[Operator] = ()
+    """Of the models as ONNX Runtime optimizes them, where latency was measured."""
     offenders: tuple[str, ...] = ()
     why: str = ""
 
@@ -108,6 +111,13 @@ class Gates:
         self._compare(candidate, found, batch)
         return found
 
+    def operators(self, written: onnx.ModelProto) -> list[Operator]:
+        """What ONNX Runtime makes of the original and of what was written, on what latency was measured on."""
+        source, feeds = self.program.source, next(iter(self.timed.values()))
+        models = (source.path or source.proto, written)
+        found = [profile(partial(self.session, model), feeds, 1) for model in models]
+        return side_by_side((source.proto, written), *found)
+
     def speedup(self, before: onnx.ModelProto, after: onnx.ModelProto) -> float:
         """Of one model over another at best, looked at briefly: below 1 it is slower, and not by chance."""
         return self._briefly(self.session(before), self.session(after))
@@ -140,9 +150,10 @@ class Gates:
             raise _broken(problem)
         return candidate
 
-    def session(self, model: onnx.ModelProto | Path) -> Session:
+    def session(self, model: onnx.ModelProto | Path, profile: Path | None = None) -> Session:
         """Of the original or of what was written of it."""
-        return session_of(model, self.program.source, self.program.options, self.program.provider)
+        program = self.program
+        return session_of(model, program.source, program.options, program.provider, profile)
 
     def _worse(self, found: Findings, candidate: Session) -> bool:
         """Whether the user's own score falls by more than the tolerance."""
@@ -238,7 +249,11 @@ def _worst(found: Mapping[str, Latency]) -> Latency:
 
 
 def session_of(
-    model: onnx.ModelProto | Path, source: ModelFile, options: Options, provider: Device
+    model: onnx.ModelProto | Path,
+    source: ModelFile,
+    options: Options,
+    provider: Device,
+    profile: Path | None = None,
 ) -> Session:
     """Of `source` or of what was made of it. Weights stay in their files unless they are to be as quick as they can."""
     folder = source.folder
@@ -250,7 +265,8 @@ def session_of(
         threads=options.threads,
         folder=folder,
         prepack=options.latency_gate,
-        cuda_graph=options.cuda_graph and options.latency_gate,
+        profile=profile,
+        cuda_graph=options.cuda_graph and options.latency_gate and profile is None,
     )
 
 

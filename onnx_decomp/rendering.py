@@ -139,6 +139,10 @@ def summary(report: Report) -> list[str]:
                 f"{_number(each['before_ms'])} ms -> {_number(each['after_ms'])} ms, "
                 f"{_number(each['speedup'])}x (95 %: {_number(low)} to {_number(high)})"
             )
+    fused = [each for each in report["operators"] if each["fused"]]
+    if fused:
+        counts = ", ".join(f"{each['operator']} {each['before']} -> {each['after']}" for each in fused)
+        lines.append(f"fused by ONNX Runtime: {counts}")
     return lines
 
 

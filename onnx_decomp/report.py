@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # both start ONNX Runtime, which reading a report does not ne
     from onnx_decomp.latency import Latency
     from onnx_decomp.metrics import Verification
     from onnx_decomp.model_io import ModelFile
+    from onnx_decomp.profiling import Operator
 
 SCHEMA = "onnx-decomp/1"
 
@@ -101,6 +102,8 @@ class Measured:
     """Of the original and of the written model, where --evaluate gave a function for it."""
     shapes: Mapping[str, Latency] = field(default_factory=dict)
     """Of every shape that was asked for; `latency` is the worst of them."""
+    operators: Sequence[Operator] = ()
+    """Of the models as ONNX Runtime optimizes them, where latency was measured."""
     history: Sequence[Mapping[str, Any]] = ()
     """{round, undone, why} for each round in which a gate undid something."""
     warnings: Sequence[str] = ()
@@ -132,6 +135,7 @@ def build(program: Program, written: onnx.ModelProto | None, measured: Measured)
         "rewrite": {"max_rel_l2": measured.rewrite_change},
         "plan": {"predicted": program.predicted, "measured": _measured_change(measured.verification)},
         "latency": _latency(measured),
+        "operators": [dataclasses.asdict(each) for each in measured.operators],
     }
     plain: Report = _plain(report)
     return plain

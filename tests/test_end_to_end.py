@@ -25,6 +25,8 @@ from models.planted import Planted, PlantedModel, build, calibration, shuffled
 from onnx_decomp import compiler, gates
 from onnx_decomp.cli import main
 from onnx_decomp.latency import Latency
+from onnx_decomp.profiling import Operator, losses
+from onnx_decomp.rendering import summary
 from onnx_decomp.runtime import cuda_problem, open_session
 from tests.small import model as small_model
 from tests.small import value
@@ -697,6 +699,44 @@ def test_a_region_that_may_or_may_not_help_stays(
     assert report["history"] == []
     assert report["kept"] == ["region_000", "region_001"]
     assert report["latency"]["speedup"] == 1.5
+
+
+def test_what_onnx_runtime_fuses_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "compare_latency", timed(2.0))
+    made = planted_job(tmp_path, build(SPECS["three layers"]))
+    code, report = made.run(*GATED)
+    assert code == 0
+    assert report["kept"]
+    rows = {row["operator"]: row for row in report["operators"]}
+    # Two activations of five operators each, in each of so many blocks.
+    assert (rows["Gelu"]["before"], rows["Gelu"]["after"]) == (
+        2,
+        2 * len(planted_blocks(build(SPECS["three layers"]))[0]),
+    )
+    assert rows["Gelu"]["fused"]
+    assert not rows["Split"]["fused"]  # the written model names it itself
+    assert {row["provider"] for row in report["operators"]} == {"cpu"}
+    assert any("fused by ONNX Runtime: " in line and "Gelu 2 -> " in line for line in summary(report))
+    again, report = made.run(*GATED, "--no-latency-gate")
+    assert (again, report["operators"]) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            Operator("Attention", "cuda", True, 6, 5),
+            "ONNX Runtime fuses Attention 5 times now, 6 times before",
+        ),
+        (Operator("Attention", "cuda", True, 6, 6), None),
+        (Operator("BiasGelu", "cuda", True, 6, 0), None),  # the latency gate judges that
+        (Operator("Attention", "cuda", False, 6, 5), None),  # not fused, but in the model
+        (Operator("Shape", "cpu", False, 2, 3), "3 Shape run on the cpu, 2 before"),
+        (Operator("Shape", "cpu", False, 2, 2), None),
+    ],
+)
+def test_what_is_lost_of_fusions_is_said(row: Operator, said: str | None) -> None:
+    assert losses([row], "cuda") == ([] if said is None else [said])
 
 
 SHAPES = ("--shape", "x:1x64,x:32x64", "--shape", "x:500x64")

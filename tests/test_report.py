@@ -112,7 +112,7 @@ def test_fields_that_others_rely_on() -> None:
     assert list(report) == [
         "schema", "verdict", "warnings", "input", "output", "options", "versions", "seed", "seconds", "kept",
         "history", "init", "data", "sites", "verify", "evaluate", "rewrite",
-        "plan", "latency",
+        "plan", "latency", "operators",
     ]  # fmt: skip
     assert report["schema"] == "onnx-decomp/1"
     assert report["kept"] == ["region_000"]
