@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
@@ -34,6 +34,7 @@ from models import (
     bench_smaller,
 )
 from models.bench_common import Section, machine, markdown
+from onnx_decomp.runtime import Device
 
 SECTIONS: dict[str, Section] = {
     "planted": bench_planted.SECTION,
@@ -63,13 +64,19 @@ class Measured:
     wrong: list[str]
 
 
-def run(names: Sequence[str], quick: bool, console: Console) -> Measured:
-    """Measure the named sections and show each as it is done."""
-    where = machine()
+def run(
+    names: Sequence[str],
+    quick: bool,
+    console: Console,
+    sections: Mapping[str, Section] | None = None,
+    provider: Device = "cpu",
+) -> Measured:
+    """Measure the named sections (of these, or of all here) and show each as it is done."""
+    where = machine(provider)
     console.print(", ".join(f"{key}: {value}" for key, value in where.items()))
     measured = Measured({"machine": where, "quick": quick, "sections": {}}, [], [])
     for name in names:
-        section = (SECTIONS | OUTSIDE)[name]
+        section = (sections or SECTIONS | OUTSIDE)[name]
         console.rule(f"{name}: {section.title}")
         begun = time.monotonic()
         rows = section.measure(quick)
@@ -97,7 +104,11 @@ def main(sections: tuple[str, ...], quick: bool, file: Path | None, page: Path |
     Exit 1 where what those find is not as it must be.
     """
     console = Console(width=None if sys.stdout.isatty() else 160)
-    measured = run(sections or list(SECTIONS), quick, console)
+    finish(run(sections or list(SECTIONS), quick, console), file, page)
+
+
+def finish(measured: Measured, file: Path | None, page: Path | None) -> NoReturn:
+    """Write what was asked for and exit, with 1 where something is not as it must be."""
     if file is not None:
         file.write_text(json.dumps(measured.figures, indent=1) + "\n", encoding="utf-8")
     if page is not None:

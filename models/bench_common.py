@@ -16,9 +16,9 @@ import onnx
 import onnxruntime as ort
 from rich.table import Table
 
-from onnx_decomp import benching, latency, profiling
+from onnx_decomp import benching, driver, latency, profiling
 from onnx_decomp.latency import Latency
-from onnx_decomp.runtime import Arrays, open_session
+from onnx_decomp.runtime import Arrays, Device, open_session
 
 Model = onnx.ModelProto | Path
 
@@ -36,7 +36,7 @@ class Section:
     wrong: Callable[[Sequence[Any]], list[str]] | None = None
 
 
-def machine() -> dict[str, Any]:
+def machine(provider: Device = "cpu") -> dict[str, Any]:
     """Where figures come from, without names of hosts or paths. load: programs that ran meanwhile, ours included."""
     return {
         "cpu": _cpu(),
@@ -44,7 +44,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "onnxruntime": ort.__version__,
-        "provider": "cpu",
+        "provider": driver.devices()[0] if provider == "cuda" else provider,
         "load": round(os.getloadavg()[0], 2),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from models import (
     bench_networks,
     bench_planted,
     bench_rounding,
+    cuda_forms,
+    cuda_musts,
 )
 from models.bench_common import machine, markdown, table
 from models.networks import EVERY, Network
@@ -168,23 +171,54 @@ NAMES = ["chain", "chain + rank", "batched", "batched + rank", "reduced to 1/2"]
 
 def test_every_form_is_timed_as_on_a_gpu() -> None:
     """The suite for CUDA, on the CPU provider: what is measured, not how fast it is."""
-    sizes = bench_cuda.Sizes(((64, 128, 64),), (8,), (2,), ("float32",), 0.01)
-    rows = list(bench_cuda.measure("cpu", sizes))
+    sizes = cuda_forms.Sizes(((64, 128, 64),), (8,), (2,), ("float32",), 0.01, quick=True)
+    rows = list(cuda_forms.measure("cpu", sizes))
     assert [row.form for row in rows] == NAMES
     assert {row.cuda_graph for row in rows} == {False}
     assert rows[0].ideal == 2.0
     assert rows[1].ideal == pytest.approx(2 * 64 * 128 / (64 * 128 + 2 * 4 * 192))
     assert rows[4].ideal == 2.0
+    assert all(row.roofline_ms > 0 and row.dense_ms > 0 for row in rows)
+
+
+def test_what_has_to_hold_on_a_gpu_is_measured_here_too() -> None:
+    (near,) = cuda_musts.towers("cpu", quick=True)
+    assert (near.form, near.flops) == ("chain", 1 / 8)
+    assert near.roofline_ms is not None
+    assert 0 < near.roofline_ms < near.after_ms < near.before_ms
+    rows = list(cuda_musts.shapes("cpu", quick=True))
+    assert [row.tokens for row in rows] == [1, 16]
+    assert cuda_musts.tables(rows)[0].row_count == 2
+
+
+def test_what_does_not_hold_on_a_gpu_is_told() -> None:
+    row = cuda_musts.Timed("m", "float16", "batched", 0.25, 16, False, 1.0, 0.5, 2.0, (1.9, 2.1), 0.45)
+    slow = replace(row, speedup=0.9, interval=(0.8, 0.95), roofline_ms=0.4)
+    assert cuda_musts.below_roofline([row, slow]) == []
+    assert cuda_musts.below_roofline([slow]) == ["planted towers reach 80% of the roofline, not 85%"]
+    assert cuda_musts.slower([row, replace(slow, flops=1.0)]) == []
+    assert cuda_musts.slower([slow]) == ["m (float16) is slower at 16 tokens: 0.90 [0.80, 0.95]"]
+    assert cuda_musts.not_faster([row]) == []
+    assert len(cuda_musts.not_faster([slow])) == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(cuda_problem() is not None, reason=f"no CUDA: {cuda_problem()}")
+def test_what_has_to_hold_on_a_gpu_holds() -> None:
+    """At full size: minutes."""
+    for section in bench_cuda.sections("cuda").values():
+        if section.wrong is not None:
+            assert section.wrong(section.measure(False)) == []
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(cuda_problem() is not None, reason=f"no CUDA: {cuda_problem()}")
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_every_form_runs_on_a_gpu(dtype: str) -> None:
-    sizes = bench_cuda.Sizes(((256, 512, 256),), (8, 64), (4,), (dtype,), 0.05)
-    rows = list(bench_cuda.measure("cuda", sizes))
-    assert [row.form for row in rows] == NAMES * 4
-    assert [row.cuda_graph for row in rows] == [False] * 10 + [True] * 10
+    sizes = cuda_forms.Sizes(((256, 512, 256),), (8, 64), (4,), (dtype,), 0.05, quick=True)
+    rows = list(cuda_forms.measure("cuda", sizes))
+    assert [row.form for row in rows] == [name for name in NAMES for _ in range(4)]
+    assert [row.cuda_graph for row in rows] == [False, False, True, True] * 5
 
 
 def test_without_a_gpu_the_reason_is_told() -> None:
