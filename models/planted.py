@@ -17,6 +17,7 @@ from itertools import pairwise
 from math import isinf, sqrt
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ Null = Literal["distribution", "snapshot"]
 Off = Literal["zero", "shrunk", "untouched"]
 Hide = Literal["all", "hidden", "none"]
 Family = Literal["normal", "uniform"]
-Dtype = Literal["float32", "float16"]
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 INPUT, OUTPUT = "x", "y"
 
@@ -87,6 +88,11 @@ class Planted:
     def sigma(self, layer: int) -> float:
         """Standard deviation of a layer's initial weights."""
         return self.init_scale or 1 / sqrt(3 * self.widths[layer])
+
+    @property
+    def kind(self) -> np.dtype[Any]:
+        """What is stored; numpy itself knows no bfloat16."""
+        return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
 
     @property
     def kept(self) -> float:
@@ -160,7 +166,7 @@ def calibration(
     """Standard normal inputs by name: [samples, K] or [samples, sequence, K]."""
     spec = planted.spec
     shape = (samples, spec.widths[0]) if spec.rank == 2 else (samples, sequence, spec.widths[0])
-    return {INPUT: np.random.default_rng(seed).standard_normal(shape, np.float32).astype(spec.dtype)}
+    return {INPUT: np.random.default_rng(seed).standard_normal(shape, np.float32).astype(spec.kind)}
 
 
 def oracle_misplacements(K: int, N: int, G: int, kappa: float, m: int) -> float:
@@ -257,7 +263,7 @@ def _train(
 
 def _round(spec: Planted, array: Floats) -> Floats:
     """What the stored type keeps of an array, as float32."""
-    return array.astype(spec.dtype).astype(np.float32)
+    return array.astype(spec.kind).astype(np.float32)
 
 
 def _stored(spec: Planted, weight: Floats) -> Floats:
@@ -286,7 +292,7 @@ def _assemble(
         if not last and spec.activation != "none":
             tensor = f"{name}.active"
             nodes += _activate(spec, name, made, tensor, constants)
-    element = helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype))
+    element = helper.np_dtype_to_tensor_dtype(spec.kind)
     leading = ["batch"] if spec.rank == 2 else ["batch", "sequence"]
     graph = helper.make_graph(
         nodes,
@@ -315,7 +321,7 @@ def _layer(
 ) -> list[onnx.NodeProto]:
     """Nodes of y = x W + b in the spec's form; what they store is appended to `constants`."""
     stored = f"{name}.weight"
-    tensor = numpy_helper.from_array(_stored(spec, weight).astype(spec.dtype), stored)
+    tensor = numpy_helper.from_array(_stored(spec, weight).astype(spec.kind), stored)
     nodes, reached = [], stored
     if spec.form == "Constant":
         nodes.append(helper.make_node("Constant", [], [stored], f"{name}/Constant", value=tensor))
@@ -325,7 +331,7 @@ def _layer(
         reached = f"{name}.reached"
         nodes.append(helper.make_node(spec.form, [stored], [reached], f"{name}/{spec.form}"))
     if bias is not None:
-        constants.append(numpy_helper.from_array(bias.astype(spec.dtype), f"{name}.bias"))
+        constants.append(numpy_helper.from_array(bias.astype(spec.kind), f"{name}.bias"))
     added = [] if bias is None else [f"{name}.bias"]
     if spec.form == "Gemm":
         nodes.append(helper.make_node("Gemm", [source, reached, *added], [made], f"{name}/Gemm", transB=1))
@@ -344,7 +350,7 @@ def _activate(
     if spec.activation != "ErfGelu":
         return [helper.make_node(spec.activation, [source], [made], f"{name}/{spec.activation}")]
     for key, value in (("sqrt2", sqrt(2)), ("one", 1.0), ("half", 0.5)):
-        constants.append(numpy_helper.from_array(np.array(value, spec.dtype), f"{name}.{key}"))
+        constants.append(numpy_helper.from_array(np.array(value, spec.kind), f"{name}.{key}"))
     steps = [
         ("Div", [source, f"{name}.sqrt2"], f"{name}.scaled"),
         ("Erf", [f"{name}.scaled"], f"{name}.erf"),

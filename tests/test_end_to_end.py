@@ -68,8 +68,26 @@ class Job:
         arguments = [str(self.source), str(out or self.out), "--report", str(report)]
         arguments += ["--init", str(self.folder / "init.npz")] if init else []
         arguments += ["--calib", str(self.folder / "calib.npz")] if calib else []
-        code = main([*arguments, *options])
+        code = main([*arguments, *(_here.get(option, option) for option in options)])
         return code, json.loads(report.read_text())
+
+
+_here: dict[str, str] = {}
+"""Options that are replaced: the provider, where a test runs on CUDA too."""
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)], autouse=True)
+def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test here runs on both providers, unless it is ABOUT_CPU."""
+    if request.param == "cuda":
+        if problem := cuda_problem():
+            pytest.skip(problem)
+        monkeypatch.setitem(_here, "cpu", "cuda")
+    return str(request.param)
+
+
+ABOUT_CPU = pytest.mark.parametrize("provider", ["cpu"], indirect=True)
+"""What is asserted holds for its forms, its order of regions, or times that are made up."""
 
 
 def job(folder: Path, model: onnx.ModelProto, initial: Arrays, feeds: Arrays) -> Job:
@@ -213,6 +231,7 @@ def test_blocks_are_found_from_a_distribution_alone(null: str, tmp_path: Path) -
 WIDE = Planted((256, 256), off="zero", gain=3, hide="hidden")
 
 
+@ABOUT_CPU
 @pytest.mark.parametrize(
     ("spec", "form"),
     [
@@ -407,6 +426,7 @@ def test_the_model_says_what_was_done_to_it(tmp_path: Path) -> None:
 # The same again
 
 
+@ABOUT_CPU
 def test_the_same_run_gives_the_same_bytes(two_regions: TwoRegions, tmp_path: Path) -> None:
     """Here, and in another process whose sets and dicts of strings are hashed in another way."""
     made, elsewhere = two_regions.job, tmp_path / "second.onnx"
@@ -430,6 +450,7 @@ def test_the_same_run_gives_the_same_bytes(two_regions: TwoRegions, tmp_path: Pa
     assert (tmp_path / "first.onnx").read_bytes() == elsewhere.read_bytes()
 
 
+@ABOUT_CPU
 def test_replay_repeats_what_measurement_decided(
     two_regions: TwoRegions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,6 +473,7 @@ def test_replay_repeats_what_measurement_decided(
     assert (tmp_path / "again.onnx").read_bytes() == made.out.read_bytes()
 
 
+@ABOUT_CPU
 def test_a_compiled_model_is_copied_unless_forced(tmp_path: Path) -> None:
     made = planted_job(tmp_path, build(CLEAR))
     assert made.run(*FREE)[0] == 0
@@ -641,6 +663,7 @@ def test_what_is_not_faster_is_undone(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [found_blocks(site) for site in report["sites"]] == planted_blocks(build(CLEAR))
 
 
+@ABOUT_CPU
 @pytest.mark.parametrize(
     ("options", "measured", "kept"),
     [
@@ -662,6 +685,7 @@ def test_never_slower_than_was_asked(
     assert (report["latency"] == "not measured") == (not kept)
 
 
+@ABOUT_CPU
 def test_undoing_goes_on_until_what_is_left_is_faster(
     two_regions: TwoRegions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -675,6 +699,7 @@ def test_undoing_goes_on_until_what_is_left_is_faster(
     assert report["latency"]["speedup"] == 1.5
 
 
+@ABOUT_CPU
 def test_a_region_that_only_slows_the_rest_down_is_undone(
     two_regions: TwoRegions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -688,6 +713,7 @@ def test_a_region_that_only_slows_the_rest_down_is_undone(
     assert report["latency"]["speedup"] == 1.6
 
 
+@ABOUT_CPU
 def test_a_region_that_may_or_may_not_help_stays(
     two_regions: TwoRegions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -701,6 +727,7 @@ def test_a_region_that_may_or_may_not_help_stays(
     assert report["latency"]["speedup"] == 1.5
 
 
+@ABOUT_CPU
 def test_what_onnx_runtime_fuses_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gates, "compare_latency", timed(2.0))
     made = planted_job(tmp_path, build(SPECS["three layers"]))
@@ -721,6 +748,7 @@ def test_what_onnx_runtime_fuses_is_counted(tmp_path: Path, monkeypatch: pytest.
     assert (again, report["operators"]) == (0, [])
 
 
+@ABOUT_CPU
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -742,6 +770,7 @@ def test_what_is_lost_of_fusions_is_said(row: Operator, said: str | None) -> Non
 SHAPES = ("--shape", "x:1x64,x:32x64", "--shape", "x:500x64")
 
 
+@ABOUT_CPU
 @pytest.mark.parametrize(("slowest", "kept"), [(1.2, True), (0.9, False)])
 def test_no_shape_may_get_slower(
     slowest: float, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -778,28 +807,6 @@ def test_a_shape_that_does_not_fit_is_refused_at_once(shape: str, tmp_path: Path
     assert main([str(made.source), str(made.out), *GATED, "--shape", shape]) == 3
     assert f"--shape {shape.partition(':')[0]}: " in capsys.readouterr().err
     assert not made.out.exists()
-
-
-# On a GPU, where there is one
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("spec", ["plain", "single layer", "float16", "rank 3", "three layers"])
-def test_on_cuda(spec: str, tmp_path: Path) -> None:
-    if problem := cuda_problem():
-        pytest.skip(problem)
-    planted = build(SPECS[spec])
-    made = planted_job(tmp_path, planted)
-    code, report = made.run("--provider", "cuda", "--no-latency-gate", "--objective", "flops", "-q")
-    assert code == 0
-    check_outcome(made, report)
-    assert [found_blocks(site) for site in report["sites"]] == planted_blocks(planted)
-    assert set(each(report, "decision")) == {"split"}
-    assert report["warnings"] == []
-    code, report = made.run("--provider", "cuda", "-q")
-    assert code == 0
-    check_outcome(made, report)
-    assert report["latency"] == "not measured" or report["latency"]["interval"][0] >= 1
 
 
 # Limits of single outputs, and the user's own score
