@@ -180,8 +180,10 @@ def open_session(
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     providers: list[Any] = list(_PROVIDERS[provider])
-    if cuda_graph and provider == "cuda":
-        providers[0] = (providers[0], {"enable_cuda_graph": "1"})
+    if provider == "cuda":
+        # Sessions that are not timed are many, and stay open side by side: each takes what it needs, no power of two.
+        asked = {} if prepack else {"arena_extend_strategy": "kSameAsRequested"}
+        providers[0] = providers[0], asked | ({"enable_cuda_graph": "1"} if cuda_graph else {})
     try:
         source = str(model) if isinstance(model, Path) else model.SerializeToString()
         with _quiet():
