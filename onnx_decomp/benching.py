@@ -22,6 +22,7 @@ from onnx_decomp.profiling import Kernels, profile
 from onnx_decomp.report import versions
 from onnx_decomp.runtime import Arrays, Device, Session, open_session, resolve_provider
 from onnx_decomp.terminal import printable
+from onnx_decomp.verify import patience, try_out
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -59,14 +60,18 @@ def bench_models(before: Path, after: Path, asked: Asked) -> dict[str, Any]:
     if asked.cuda_graph and provider != "cuda":
         raise UsageError("--cuda-graph: there are none on the CPU: leave it out, or use --provider cuda")
     models = [model_io.load(path) for path in (before, after)]
+    settings = _settings(models[0], asked)
+    first = next(iter(settings.values()))
+    for model in models:
+        try_out(model, first)
     sessions = [_session(model, provider, asked) for model in models]
+    for model, session in zip(models, sessions, strict=True):
+        session.run(first, seconds=patience(model))
     ports = [{(port.name, port.dtype) for port in (*each.inputs, *each.outputs)} for each in sessions]
     if odd := ports[0] ^ ports[1]:
         name, dtype = min(odd)
         raise InputError(f"{after}: {name!r} ({dtype}) is an input or output of one of the models only")
-    settings = _settings(models[0], asked)
     timed = [_timed(sessions, name, feeds, asked) for name, feeds in settings.items()]
-    feeds = next(iter(settings.values()))
     return {
         "schema": SCHEMA,
         "versions": versions(),
@@ -75,11 +80,11 @@ def bench_models(before: Path, after: Path, asked: Asked) -> dict[str, Any]:
         "threads": asked.threads,
         "cuda_graph": asked.cuda_graph,
         "models": [
-            _described(path, model, feeds, provider, asked)
+            _described(path, model, first, provider, asked)
             for path, model in zip((before, after), models, strict=True)
         ],
         "shapes": timed,
-        "operators": _profiles(models, feeds, provider, asked),
+        "operators": _profiles(models, first, provider, asked),
     }
 
 

@@ -24,12 +24,10 @@ from threadpoolctl import threadpool_limits
 from onnx_decomp import (
     calibration,
     cautions,
-    guards,
     model_io,
     runtime,
     saving,
     scratch,
-    trial,
     verify,
     workers,
 )
@@ -54,7 +52,7 @@ from onnx_decomp.profiling import losses
 from onnx_decomp.program import Pass, Program
 from onnx_decomp.progress import Progress, Silent
 from onnx_decomp.report import Measured, build, record_output
-from onnx_decomp.runtime import Device, open_session
+from onnx_decomp.runtime import Device
 from onnx_decomp.sites import IN_BODY, GraphIndex, find_sites
 
 HUGE = 1e15
@@ -70,12 +68,6 @@ FRUGAL_ROUNDS, FRUGAL = 2, 0.85
 """Plans that the report part refuses are made again so often, with that share of what it would have allowed."""
 
 SYNTHETIC_SAMPLES = 64
-
-FIRST_SECONDS, SECONDS_PER_BYTE = 120.0, 60e-9
-"""What a model's first run may take, on one sample: two minutes, and one more for each GB. Some never end."""
-
-TRIED = 2**26
-"""Bytes up to which a model is tried in a process of its own first (64 MiB): larger ones take long to load twice."""
 
 MOST_TIMED, MOST_ROWS = 128, 1024
 """Samples of one timed run at most, and rows of x where a sample has many."""
@@ -151,15 +143,8 @@ class Run:
             self.evaluation = load_evaluation(self.options.evaluate, self.options.tolerance)
         self.progress.stage("reading")
         data = self._read_data()
-        if self.source.size <= TRIED:
-            name = str(self.source.path or "the model")
-            trial.attempt(partial(self._try, data), name, 2 * self._patience, guards.MAX_TENSOR)
+        verify.try_out(self.source, None if data.kind == "none" else next(data.batches("select", 1)))
         return data
-
-    @property
-    def _patience(self) -> float:
-        """Seconds that the model's first run may take."""
-        return FIRST_SECONDS + SECONDS_PER_BYTE * self.source.size
 
     def _choose_provider(self) -> None:
         try:
@@ -215,13 +200,6 @@ class Run:
                 program.affine(site)  # refuses NaN by name, before anything else is tried
         return program
 
-    def _try(self, data: Data) -> None:
-        """Everything that hands the model to native code for the first time, on the CPU and with one sample."""
-        GraphIndex.build(self.source.proto, partial(model_io.read_tensor, self.source))
-        session = open_session(self.source.path or self.source.proto, folder=self.source.folder)
-        if data.kind != "none":
-            session.run(next(data.batches("select", 1)), seconds=self._patience)
-
     def _read_nulls(self, program: Program) -> None:
         options = self.options
         scopes = module_scopes(program.index, program.sites)
@@ -263,7 +241,7 @@ class Run:
             self.warnings.append(f"not verified: {error}")
             return False
         try:
-            verify.check_original(original, program.data, seconds=self._patience)
+            verify.check_original(original, program.data, seconds=verify.patience(self.source))
         except CannotVerifyError as error:
             if program.data.kind == "calibration":
                 raise

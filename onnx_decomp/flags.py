@@ -175,13 +175,15 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise click.BadParameter(f"{path}: not a readable TOML file: {error}") from error
-    ctx.default_map = dict(_default(ctx.command, path, key, value) for key, value in values.items())
+    defaults = (_default(ctx, path, key, value) for key, value in values.items())
+    ctx.default_map = dict(each for each in defaults if each is not None)
     return path
 
 
-def _default(command: click.Command, path: Path, key: str, value: Any) -> tuple[str, Any]:
+def _default(ctx: click.Context, path: Path, key: str, value: Any) -> tuple[str, Any] | None:
+    """The option of a key and its default; None where only another command has such an option."""
     flag = f"--{key.replace('_', '-')}"
-    for param in command.params:
+    for param in ctx.command.params:
         if not isinstance(param, click.Option) or param.name in (None, "config"):
             continue
         if flag in param.opts or flag in param.secondary_opts:
@@ -197,9 +199,25 @@ def _default(command: click.Command, path: Path, key: str, value: Any) -> tuple[
             if param.is_flag:
                 return str(param.name), (not value if flag in param.secondary_opts else value)
             return str(param.name), str(value)  # as on the command line: a number may be the name of a file
+    if flag in _flags_elsewhere(ctx):
+        return None
     raise click.BadParameter(
         f"{path}: unknown key {key!r}: keys are the names of options, as in min-speedup = 1.1"
     )
+
+
+def _flags_elsewhere(ctx: click.Context) -> set[str]:
+    """What the other commands that read such files take there: one file may serve them all."""
+    group = ctx.parent.command if ctx.parent is not None else None
+    others = group.commands.values() if isinstance(group, click.Group) else ()
+    configured = [other for other in others if any(param.name == "config" for param in other.params)]
+    return {
+        flag
+        for other in configured
+        for param in other.params
+        if isinstance(param, click.Option) and param.name not in {"config", *COMMAND_LINE_ONLY}
+        for flag in (*param.opts, *param.secondary_opts)
+    }
 
 
 def _fits(item: Any, param: click.Option) -> bool:

@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import onnx
 
+from onnx_decomp import guards, model_io, trial
 from onnx_decomp.calibration import Data, Part
 from onnx_decomp.errors import CannotVerifyError
-from onnx_decomp.graph_index import INITIALIZERS_APART
+from onnx_decomp.graph_index import INITIALIZERS_APART, GraphIndex
 from onnx_decomp.metrics import Limits, Verification, compare_outputs
+from onnx_decomp.model_io import ModelFile
 from onnx_decomp.options import Metric
-from onnx_decomp.runtime import RunError, Session
+from onnx_decomp.runtime import Arrays, RunError, Session, open_session
 
 BATCH = 64
 """Samples per run."""
 
 STAMP = "onnx_decomp."
 """What the keys of our own metadata begin with: a compilation by force writes them anew."""
+
+
+FIRST_SECONDS, SECONDS_PER_BYTE = 120.0, 60e-9
+"""What a model's first run may take, on one sample: two minutes, and one more for each GB. Some never end."""
+
+TRIED = 2**26
+"""Bytes up to which a model is tried in a process of its own first (64 MiB): larger ones take long to load twice."""
+
+
+def patience(source: ModelFile) -> float:
+    """Seconds that the first run of a model may take."""
+    return FIRST_SECONDS + SECONDS_PER_BYTE * source.size
+
+
+def try_out(source: ModelFile, feeds: Arrays | None) -> None:
+    """Hand a model to native code for the first time, in a copy of this process, on the CPU.
+
+    feeds: of one run; None: it is loaded only. Raises InputError where that crashes, never ends, or takes all memory.
+    """
+
+    def action() -> None:
+        GraphIndex.build(source.proto, partial(model_io.read_tensor, source))
+        session = open_session(source.path or source.proto, folder=source.folder)
+        if feeds is not None:
+            session.run(feeds, seconds=patience(source))
+
+    if source.size <= TRIED:
+        trial.attempt(action, str(source.path or "the model"), 2 * patience(source), guards.MAX_TENSOR)
 
 
 def verify(

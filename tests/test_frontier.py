@@ -322,6 +322,18 @@ def test_it_needs_data(folder: Path, capsys: Capture) -> None:
         frontier(folder / "m.onnx", calib=folder / "calib.npz", methods=("obs",))  # type: ignore[arg-type]
 
 
+def test_one_configuration_file_serves_every_command(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    """What only `compile` has is left aside; what no command has is still refused."""
+    config = tmp_path / "decomp.toml"
+    config.write_text('min-speedup = 1.1\nreport = "r.json"\nlatency-gate = false\npoints = 0\n')
+    line = ["frontier", str(folder / "m.onnx"), "--config", str(config)]
+    assert cli.main(line) == 2
+    assert "--points" in capsys.readouterr().err
+    config.write_text("min-speedup = 1.1\npoinst = 3\n")
+    assert cli.main(line) == 2
+    assert "unknown key 'poinst'" in capsys.readouterr().err
+
+
 def test_bad_files(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     data = str(folder / "calib.npz")
     assert cli.main(["frontier", str(tmp_path / "none.onnx"), "--calib", data]) == 3

@@ -15,7 +15,7 @@ import pytest
 from onnx import NodeProto, TensorProto, helper
 from onnx.helper import make_node
 
-from onnx_decomp import compiler, guards, model_io, trial
+from onnx_decomp import guards, model_io, trial, verify
 from onnx_decomp.cli import main
 from onnx_decomp.errors import InputError
 from onnx_decomp.graph_index import GraphIndex
@@ -268,7 +268,7 @@ def endless() -> onnx.ModelProto:
 
 
 def test_a_loop_without_end(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "FIRST_SECONDS", 0.3)
+    monkeypatch.setattr(verify, "FIRST_SECONDS", 0.3)
     path = write(endless(), tmp_path / "in.onnx")
     np.savez(tmp_path / "c.npz", x=np.ones((40, 4), np.float32))
     line = [str(path), str(tmp_path / "out.onnx"), *PLAIN]
@@ -276,6 +276,8 @@ def test_a_loop_without_end(tmp_path: Path, capsys: Capture, monkeypatch: pytest
     assert "a Loop without end" in capsys.readouterr().err
     assert main(line) == 0  # synthetic inputs are ours: what can't be verified is copied
     assert (tmp_path / "out.onnx").read_bytes() == path.read_bytes()
+    assert main(["bench", str(path), str(path), "--provider", "cpu"]) == CANNOT_VERIFY
+    assert "a Loop without end" in capsys.readouterr().err
 
 
 def splitting_into_more_than_it_says() -> onnx.ModelProto:
@@ -290,6 +292,11 @@ def test_a_model_that_crashes_native_code(tmp_path: Path) -> None:
     path = write(splitting_into_more_than_it_says(), tmp_path / "in.onnx")
     assert main([str(path), str(tmp_path / "out.onnx"), *PLAIN]) in (0, INPUT)
     assert main(["inspect", str(path)]) in (0, INPUT)
+    assert main(["bench", str(path), str(path), "--provider", "cpu", "--seconds", "0.01"]) in (
+        0,
+        INPUT,
+        CANNOT_VERIFY,
+    )
     assert main(
         [str(write(mlp(), tmp_path / "m.onnx")), str(tmp_path / "o.onnx"), *PLAIN, "--init", str(path)]
     )

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx_decomp import compiler, graph_index, guards
+from onnx_decomp import graph_index, guards, verify
 from onnx_decomp.cli import main
 
 DOCUMENTED = frozenset({0, 2, 3, 4, 5, 7})
@@ -116,7 +116,7 @@ def _child(folder: Path, work: Path, prepare: Callable[[Path], list[str]], limit
 
 def _scale_down(limits: Limits) -> None:
     """The budgets of the command are for real models; these have to show within the limits of a case."""
-    compiler.FIRST_SECONDS = limits.seconds / 6
+    verify.FIRST_SECONDS = limits.seconds / 6
     guards.MAX_TENSOR = graph_index.INFERENCE = limits.memory // 4
 
 
