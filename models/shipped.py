@@ -257,7 +257,18 @@ MUSIC_RATE, WINDOW, LOWEST = 22_050, 43_844, 21
 
 def chunks(_: Path, rng: Random) -> Samples:
     """A hummed vowel, or noise; the state that a stream begins with."""
-    count = 240
+    sound, voiced = _chunks(rng, 240)
+    return Samples({"input": sound, "state": np.zeros((len(sound), 2, 128), np.float32)}, voiced)
+
+
+def sequences(_: Path, rng: Random) -> Samples:
+    """The same, each a sequence of its own."""
+    sound, voiced = _chunks(rng, 240)
+    states = np.zeros((2, len(sound), 1, 128), np.float32)
+    return Samples({"input": sound, "h": states[0], "c": states[1]}, voiced)
+
+
+def _chunks(rng: Random, count: int) -> tuple[Array, Array]:
     voiced = rng.integers(0, 2, count)
     t = np.arange(CHUNK) / VOICE_RATE
     sound = np.zeros((count, CHUNK), np.float32)
@@ -268,12 +279,21 @@ def chunks(_: Path, rng: Random) -> Samples:
             np.sin(2 * np.pi * pitch * k * t + rng.uniform(0, 6)) * _vowel(pitch * k) for k in range(1, 25)
         ]
         sound[at] = noise + hum * 0.3 * np.sum(partials, 0)
-    return Samples({"input": sound, "state": np.zeros((count, 2, 128), np.float32)}, voiced)
+    return sound, voiced
 
 
 def heard(outputs: Outputs, truth: Array) -> float:
     """Share of chunks told apart."""
     return float(((outputs["output"][:, 0] > 0.5) == truth).mean())
+
+
+def likelier(outputs: Outputs, truth: Array) -> float:
+    """Share of pairs of a vowel and noise in which the vowel is the likelier speech."""
+    from scipy.stats import mannwhitneyu
+
+    found = outputs["speech_probs"]
+    voiced, noise = found[truth == 1], found[truth == 0]
+    return float(mannwhitneyu(voiced, noise).statistic / (len(voiced) * len(noise)))
 
 
 def _vowel(frequency: float) -> float:
@@ -441,9 +461,12 @@ CATALOGUE = (
     Shipped(MAGIKA, "magika/models/standard_v3_3/model.onnx", files, right, "files told by kind"),
     *(
         Shipped(SILERO, f"silero_vad/data/silero_vad{variant}.onnx", note=_OTHER_AXES)
-        for variant in ("", "_16k_op15", "_16k_sequence", "_op18_ifless", "_openvino_16k")
+        for variant in ("", "_16k_op15", "_op18_ifless", "_openvino_16k")
     ),
     Shipped(SILERO, "silero_vad/data/silero_vad_half.onnx", chunks, heard, "hummed vowel or noise"),
+    Shipped(
+        SILERO, "silero_vad/data/silero_vad_16k_sequence.onnx", sequences, likelier, "hummed vowel over noise"
+    ),
     RECOGNIZER,
     Shipped(
         OCR, _OCR + "ch_PP-OCRv4_det_infer.onnx", pages, covered, "text of rendered pages found (overlap)"

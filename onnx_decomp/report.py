@@ -57,6 +57,7 @@ REASONS: Mapping[str, str] = {
     "independent-parts": "moving inputs shows parts that have nothing to do with each other",
     "influence-everywhere": "every part of the outputs needs every part of the inputs",
     "latency": "it was decomposed, measured, found not faster, and undone",
+    "little-gain": "all that could be made smaller would save too little of the cost for what it changes",
     "nested-graph": "it lies in the body of an If, Loop or Scan, which is compiled only if it can be run by itself",
     "no-calibration": "there is no calibration data to compensate and verify on; --calib gives it",
     "no-redundancy": "every hidden unit is needed at this tolerance",

@@ -23,7 +23,7 @@ from onnx_decomp.calibration import Data, Part
 from onnx_decomp.passes.correction import Wanted, corrected
 from onnx_decomp.passes.folding import block_ranks, copies_of, partition
 from onnx_decomp.passes.heads import turned_columns
-from onnx_decomp.passes.moments import Array, Indices, Moments, accumulate, pooled
+from onnx_decomp.passes.moments import PLENTY, Array, Indices, Moments, accumulate, cautious, pooled
 from onnx_decomp.passes.ridge import TINY, best_refit, factored, masked, relative_error, relative_to_aim
 from onnx_decomp.probe import Feeds, Probe
 from onnx_decomp.program import DROPPED, Labels, Segment
@@ -122,6 +122,13 @@ class Calibrator:
                 return made
             self.unchanged[part, site.index] = made.kept()
         return self.unchanged[part, site.index]
+
+    def cautious_moments(self, site: Site) -> Moments:
+        """Those of the original on the fit part, as `cautious` has them."""
+        fit = self.moments("fit", site, {})
+        if fit.rows >= PLENTY * site.shape[0]:
+            return fit
+        return cautious(fit, self.moments("select", site, {}))
 
     def slopes(self, site: Site, tensor: str, current: Affine, placed: Mapping[int, Affine]) -> Array:
         """E[s s'] over the fit part, s [N] the slopes of `tensor` by the site's output, unit by unit.
@@ -314,7 +321,7 @@ class Fitter:
             best = factored(fit, best, rows, columns, ranks, self._importance(first))
         best = best.kept()
         errors = (relative_error(fit, best, rows, columns), relative_error(select, best, rows, columns))
-        kept_moments = fit.kept() if remember else None
+        kept_moments = cautious(fit, select).kept() if remember else None
         made = {}
         for at, own in zip(uses, parts[0], strict=True):
             affine = best if len(uses) == 1 else _with_own_bias(best, own, columns)
@@ -333,7 +340,8 @@ class Fitter:
         fed = Affine(blocks.weight + low, blocks.bias)
         stays = np.flatnonzero(columns != DROPPED)
         errors = (relative_to_aim(fit, fed, stays), relative_to_aim(select, fed, stays))
-        return Fitted(blocks.kept(), fed.kept(), kept(low), errors, fit.kept() if remember else None)
+        kept_moments = cautious(fit, select).kept() if remember else None
+        return Fitted(blocks.kept(), fed.kept(), kept(low), errors, kept_moments)
 
     def _moments(
         self, part: Part, at: int, placed: Mapping[int, Affine], blocks: Labels | None = None

@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csc_array, eye_array
 
 from onnx_decomp.axes import Region
-from onnx_decomp.calibration import Feeds
-from onnx_decomp.passes.compensation import BATCH, STEP, Calibrator
+from onnx_decomp.calibration import Data, Feeds
+from onnx_decomp.passes.compensation import STEP, Calibrator
 from onnx_decomp.passes.judging import Judge
 from onnx_decomp.passes.ridge import TINY
 from onnx_decomp.program import Program
@@ -27,11 +28,11 @@ from onnx_decomp.sites import Affine, Site
 
 Array = NDArray[np.float64]
 
-ROWS, LEAST = 512, 2
-"""Of a site's output that are looked at while its columns are moved, and samples in any case."""
+ROWS, GROUPS = 512, 4
+"""Of a site's output that are looked at while its columns are moved, and groups that their samples are seen in."""
 
-HELD = 2**25
-"""Changes of outputs that are held while the columns of one site are moved."""
+SKETCH = 2**15
+"""Numbers that stand for the outputs of one group."""
 
 
 def importances(
@@ -85,38 +86,66 @@ def moved_columns(
 ) -> Array | None:
     """S [N, N] of a site that hands on what it makes: each column is moved by itself, and the outputs are looked at.
 
-    That is one run of the model for each column, on `most` samples at most. None where the outputs are not arrays of
-    floats.
+    That is a run of the model for each column, on `most` samples at most, in a few groups that say how far to trust
+    them. None where the outputs are not arrays of floats.
     """
     probe = program.probe
     assert probe is not None
-    samples = min(-(-ROWS // program.rows_per_sample[site.index]), most)
-    feeds, original = _original(program, samples)
-    held = site.shape[1] * sum(array.size for array in original.values())
-    if held > HELD:
-        feeds, original = _original(program, samples * HELD // held)
-    if not original:
-        return None
+    wanted = min(-(-ROWS // program.rows_per_sample[site.index]), most, program.data.samples("fit"))
     old = program.affine(site)
     bias = np.zeros(site.shape[1], np.float32) if old.bias is None else old.bias
     step = np.float32(2 * STEP * np.sqrt(max(calibrator.moments("fit", site, {}).yy.mean(), TINY)))
-    moved = []
-    for column in range(site.shape[1]):
-        shifted = bias + step * (np.arange(site.shape[1]) == column)
-        made = probe.run(feeds, {site.index: Affine(old.weight, shifted.astype(np.float32))})
-        moved.append(
-            np.concatenate([judge.outward(name, value, made[name]) for name, value in original.items()])
-        )
-    slopes = np.stack(moved) / step
-    result: Array = slopes @ slopes.T
+    found = []
+    for feeds in sample_groups(program.data, wanted):
+        made = probe.run(feeds, {})
+        original = {n: a for n, a in made.items() if isinstance(a, np.ndarray) and a.dtype.kind == "f"}
+        if not original:
+            return None
+        shorter = projection(sum(array.size for array in original.values()))
+        moved = []
+        for column in range(site.shape[1]):
+            shifted = bias + step * (np.arange(site.shape[1]) == column)
+            made = probe.run(feeds, {site.index: Affine(old.weight, shifted.astype(np.float32))})
+            changes = [judge.outward(name, array, made[name]) for name, array in original.items()]
+            moved.append(shorter @ np.concatenate(changes))
+        slopes = np.stack(moved) / step
+        found.append(slopes @ slopes.T)
+    result = shrunk(found)
     return result if np.isfinite(result).all() and result.any() else None
 
 
-def _original(program: Program, samples: int) -> tuple[Feeds, Feeds]:
-    """The first samples of the fit part, and the outputs of the model that are arrays of floats."""
-    assert program.probe is not None
-    feeds = next(program.data.batches("fit", BATCH))
-    if program.data.fixed is None:
-        feeds = {name: array[: max(samples, LEAST)] for name, array in feeds.items()}
-    made = program.probe.run(feeds, {})
-    return feeds, {n: a for n, a in made.items() if isinstance(a, np.ndarray) and a.dtype.kind == "f"}
+def sample_groups(data: Data, samples: int) -> list[Feeds]:
+    """So many samples of the fit part, from all over it, in groups of one size: at least two where there are so many.
+
+    A model that fixes how many it takes is fed whole runs.
+    """
+    size = data.fixed or max(samples // GROUPS, 1)
+    count = min(max(samples // size, 2), GROUPS)
+    batches = list(data.batches("fit", size))
+    return batches[:: max(len(batches) // count, 1)][:count]
+
+
+def projection(length: int) -> csc_array:
+    """[at most SKETCH, length]: the identity, or where that is long a projection that about keeps inner products.
+
+    It is drawn as by Clarkson and Woodruff (2013): each entry is added to one of the sums, or taken off.
+    """
+    if length <= SKETCH:
+        return csc_array(eye_array(length))
+    rng = np.random.default_rng(0)
+    signs, sums = rng.choice([-1.0, 1.0], length), rng.integers(0, SKETCH, length)
+    return csc_array((signs, sums, np.arange(length + 1)), shape=(SKETCH, length))
+
+
+def shrunk(found: Sequence[Array]) -> Array:
+    """The mean of what groups of samples show, drawn towards a multiple of the identity as far as they disagree.
+
+    What the few samples that were looked at hardly notice, others may: the estimate of Ledoit and Wolf (2004).
+    """
+    mean: Array = np.mean(found, axis=0)
+    flat = np.eye(len(mean)) * np.trace(mean) / len(mean)
+    spread = sum(float(np.sum((each - mean) ** 2)) for each in found)
+    noise, far = spread / max(len(found) * (len(found) - 1), 1), float(np.sum((mean - flat) ** 2))
+    share = min(noise / far, 1.0) if far > 0 else 0.0
+    result: Array = (1 - share) * mean + share * flat
+    return result

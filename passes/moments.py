@@ -15,6 +15,9 @@ from onnx_decomp.sites import Affine
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
+PLENTY = 2
+"""Rows for each input from which on moments are taken for what they are."""
+
 STRIP = 512
 """Rows of a large matrix that are worked on at once."""
 
@@ -122,6 +125,21 @@ def residual(moments: Moments, affine: Affine) -> float:
     spread = moments.yy.sum() - 2.0 * np.sum(weight * moments.xy) + np.sum(weight * (moments.xx @ weight))
     offset = moments.mean_y - moments.mean_x @ weight - bias
     return float(max(spread, 0.0) + offset @ offset)
+
+
+def cautious(fit: Moments, held: Moments) -> Moments:
+    """The same, but where there are few rows for each input, no direction of x is smaller than held-back rows show it.
+
+    Few rows span few directions, and all others would look as if nothing were lost with them. The eigenvalues of `xx`
+    are taken from other rows than its eigenvectors (Abadir, Distaso and Zikes, 2014), where that makes them larger.
+    """
+    if fit.rows >= PLENTY * len(fit.xx):
+        return fit
+    values, vectors = np.linalg.eigh(fit.xx)
+    shown = np.einsum("ki,ki->i", vectors, held.xx @ vectors)
+    unseen = values <= np.finfo(np.float64).eps * len(values) * values[-1]
+    shown[unseen] = shown[unseen].mean() if unseen.any() else 0.0  # of those, any basis would have done
+    return replace(fit, xx=(vectors * np.maximum(values, shown)) @ vectors.T)
 
 
 def pooled(parts: Sequence[Moments]) -> Moments:

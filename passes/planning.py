@@ -35,9 +35,9 @@ from onnx_decomp.passes.folding import (
 from onnx_decomp.passes.judging import Judge
 from onnx_decomp.passes.plans import Part, Plan, correctable
 from onnx_decomp.passes.pricing import region_time, with_best_forms
-from onnx_decomp.passes.ridge import masked
+from onnx_decomp.passes.ridge import in_blocks, masked, removed_norm
 from onnx_decomp.passes.search import MARGIN, Search
-from onnx_decomp.program import DROPPED, Labels, Program, Rewrite, Segment, Structure
+from onnx_decomp.program import Program, Rewrite, Segment, Structure
 from onnx_decomp.sites import Affine
 
 PREFERRED = 3.0
@@ -53,6 +53,9 @@ EXACT = 1e-6
 
 WORTHWHILE = 1.02
 """Predicted gain under which a rewrite is not even measured."""
+
+WORTH = 0.01
+"""Share of the whole cost that a search has to save for spending all of the tolerance, or as much less as it spends."""
 
 VANISHED = 1e-3
 """Share of a matrix' norm up to which entries count as gone already, whatever tolerance is allowed."""
@@ -216,7 +219,7 @@ class Planner:
             return
         blocks, blocked = self._accepted(verdicts)
         plan = self._continued() or self._cheapest(blocks, blocked, verdicts)
-        plan = self._settled(plan)
+        plan = self._worthwhile(self._settled(plan), blocked, verdicts)
         self.program.memory["plan"] = plan
         stepped = not np.isnan(plan.predicted) and bool(plan.placed)
         self.program.predicted = plan.predicted * self._tolerance if stepped else None
@@ -328,6 +331,17 @@ class Planner:
         settled = replace(self.search.fitted(parts), predicted=plan.predicted)
         # What was refitted on top of a region may miss it.
         return settled if settled.spent <= max(plan.spent, MARGIN) else plan
+
+    def _worthwhile(self, plan: Plan, blocked: Plan, verdicts: Verdicts) -> Plan:
+        """The plan, or only the blocks that it has where the rest saves too little for what it changes."""
+        whole, saved = self._total(blocked), self._total(blocked) - self._total(plan)
+        if saved >= WORTH * (plan.spent - blocked.spent) * whole:
+            return plan
+        numbers = {"change": plan.spent * self._tolerance, "saved": saved / whole}
+        for part in plan.parts:
+            if not part.dense and self._part(blocked, part.region).dense:
+                verdicts[part.region.name].append(Verdict(None, "little-gain", numbers))
+        return self.search.charged(blocked)
 
     def _say(self, plan: Plan, verdicts: Verdicts) -> None:
         """The last word on every region: what the plan makes of it, or what goes exactly where that gains more."""
@@ -463,7 +477,7 @@ class Planner:
         if self.program.options.objective == "latency":
             return region_time(self.cost, self._rows(region), self._layout(region, segments))
         # A multiply-add for each stored weight: FLOPs and bytes have the same ratio.
-        return float(sum(kept_flops(region, segment) for segment in segments))
+        return float(self._rows(region) * sum(kept_flops(region, segment) for segment in segments))
 
     def _layout(self, region: Region, segments: Sequence[Segment]) -> Layout:
         """Where things lie, with everything that the weights show in place."""
@@ -480,15 +494,3 @@ class Planner:
         crossings = self._layout(region, candidate.segments).crossings()
         gathers = any(crossing.index is not None for _, crossing in crossings)
         return "permutation-cost" if gathers else "not-faster"
-
-
-def in_blocks(rows: Labels, columns: Labels) -> NDArray[np.bool_]:
-    """[K, N], True where a row and a column share a block."""
-    mask: NDArray[np.bool_] = (rows[:, None] == columns[None, :]) & (rows != DROPPED)[:, None]
-    return mask
-
-
-def removed_norm(affine: Affine, left: Affine) -> float:
-    """Norm of the entries that go, over the norm of the matrix."""
-    gone = float(np.linalg.norm(affine.weight - left.weight))
-    return gone / max(float(np.linalg.norm(affine.weight)), 1e-30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import linalg
 
 from onnx_decomp.passes.lowrank import factor
@@ -28,6 +29,18 @@ def blocks_of(rows: Labels, columns: Labels) -> Iterator[tuple[Indices, Indices]
 def masked(affine: Affine, rows: Labels, columns: Labels) -> Affine:
     """The old weights on kept entries, zero elsewhere; nothing is made up for."""
     return _by_block(affine, rows, columns, lambda old, _rows, _columns: old)
+
+
+def in_blocks(rows: Labels, columns: Labels) -> NDArray[np.bool_]:
+    """[K, N], True where a row and a column share a block."""
+    mask: NDArray[np.bool_] = (rows[:, None] == columns[None, :]) & (rows != DROPPED)[:, None]
+    return mask
+
+
+def removed_norm(affine: Affine, left: Affine) -> float:
+    """Norm of the entries that go, over the norm of the matrix."""
+    gone = float(np.linalg.norm(affine.weight - left.weight))
+    return gone / max(float(np.linalg.norm(affine.weight)), 1e-30)
 
 
 def refit(moments: Moments, affine: Affine, rows: Labels, columns: Labels, ridge: float) -> Affine:

@@ -297,7 +297,7 @@ class Search:
             affine, moments = refitted.affine, refitted.moments
         else:
             affine = tuple(self.program.affine(site).kept() for site in region.sites)
-            moments = tuple(calibrator.moments("fit", site, {}).kept() for site in region.sites)
+            moments = tuple(calibrator.cautious_moments(site).kept() for site in region.sites)
         corrections = {} if refitted is None else refitted.corrections
         bare = Standing(region, segments, affine, moments, (), corrections)
         importance = part.importance

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_decomp.passes.moments import accumulate, residual
+from onnx_decomp.passes.moments import Moments, accumulate, cautious, residual
 from onnx_decomp.passes.reduction import round_up, unit_path
 from onnx_decomp.passes.ridge import best_refit, masked, refit, relative_error
 from onnx_decomp.program import DROPPED
@@ -110,3 +110,26 @@ def test_unit_path_predicts_the_error_of_a_refit() -> None:
 )
 def test_round_up(count: int, size: int, expected: int) -> None:
     assert round_up(count, size) == expected
+
+
+def drawn_moments(seed: int, rows: int, rank: int) -> Moments:
+    """Of rows of 60 inputs in a space of so many dims."""
+    space = np.random.default_rng(rank).standard_normal((rank, 60)) / np.sqrt(rank)
+    x = np.random.default_rng(seed).standard_normal((rows, rank)) @ space
+    return accumulate([(x, x[:, :1])])
+
+
+def test_what_few_rows_do_not_span_is_not_taken_for_empty() -> None:
+    """40 rows of 60 inputs that all vary leave 21 directions that look empty; of inputs in 6 dims they do not."""
+    fit, held, truth = (drawn_moments(*each, 60) for each in ((0, 40), (1, 15), (2, 20_000)))
+    directions = np.linalg.eigh(fit.xx)[1].T[:21]
+    real, seen, said = (
+        np.einsum("di,ij,dj->", directions, found.xx, directions)
+        for found in (truth, fit, cautious(fit, held))
+    )
+    assert seen < 1e-9 * real
+    assert said == pytest.approx(real, rel=0.4)
+    flat = cautious(drawn_moments(0, 40, 6), drawn_moments(1, 15, 6))
+    assert np.linalg.matrix_rank(flat.xx, tol=1e-9) == 6
+    many = drawn_moments(0, 130, 60)
+    assert cautious(many, held) is many

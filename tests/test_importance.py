@@ -16,7 +16,17 @@ from onnx_decomp.compiler import Run
 from onnx_decomp.cost import cpu
 from onnx_decomp.options import Options
 from onnx_decomp.passes.compensation import BATCH
-from onnx_decomp.passes.importance import importances, moved_columns, through, weighted
+from onnx_decomp.passes.importance import (
+    GROUPS,
+    SKETCH,
+    importances,
+    moved_columns,
+    projection,
+    sample_groups,
+    shrunk,
+    through,
+    weighted,
+)
 from onnx_decomp.passes.judging import Judge
 from onnx_decomp.passes.search import Search
 from onnx_decomp.progress import Silent
@@ -219,15 +229,72 @@ def test_moved_columns_of_a_linear_model(metric: str, most: int, tmp_path: Path)
     search = opened(proto, x, tmp_path, metric=metric)
     (region,) = search.regions
     found = moved_columns(search.judge, search.calibrator(region, {}), region.sites[0], search.program, most)
-    rows = next(search.program.data.batches("fit", BATCH))["x"].astype(np.float64)[:most]
     w = weights["W1"].astype(np.float64)
-    y = rows @ weights["W0"] @ w
-    if metric == "kl":  # Fisher's matrix of the classes, summed over rows
-        p = softmax(y, axis=1)
-        middle = np.diag(p.sum(0)) - p.T @ p
-    else:
-        middle = len(y) * np.eye(5) / np.sum(y**2)
-    np.testing.assert_allclose(found, w @ middle @ w.T, rtol=0.02, atol=2e-3 * np.abs(w @ middle @ w.T).max())
+    groups = list(sample_groups(search.program.data, min(most, 360)))
+    assert len(groups) == GROUPS
+    assert sum(len(group["x"]) for group in groups) <= most
+    expected = []
+    for group in groups:
+        y = group["x"].astype(np.float64) @ weights["W0"] @ w
+        if metric == "kl":  # Fisher's matrix of the classes, summed over rows
+            p = softmax(y, axis=1)
+            middle = np.diag(p.sum(0)) - p.T @ p
+        else:
+            middle = len(y) * np.eye(5) / np.sum(y**2)
+        expected.append(w @ middle @ w.T)
+    wanted = shrunk(expected)
+    np.testing.assert_allclose(found, wanted, rtol=0.02, atol=2e-3 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("most", [4, 8])
+def test_what_few_samples_do_not_show_is_not_taken_for_free(most: int, tmp_path: Path) -> None:
+    """Each sample shows two of 24 outputs, as a sparse encoder would: a few of them say little of all directions."""
+    weights = drawn(8, W0=(24, 16), W1=(16, 24))
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((2000, 24)).astype(np.float32)
+    proto = network(weights, "MatMul x W0 -> h", "MatMul h W1 -> z", "Greater x high -> shown")
+    nodes = [
+        helper.make_node("Cast", ["shown"], ["mask"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Mul", ["z", "mask"], ["y"]),
+    ]
+    proto.graph.node.extend(nodes)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1.4, np.float32), "high"))
+    search = opened(proto, x, tmp_path)
+    (region, *_) = (each for each in search.regions if each.sites[0].weight == "W0")
+    site = region.sites[0]
+    found = moved_columns(search.judge, search.calibrator(region, {}), site, search.program, most)
+    assert found is not None
+    shown = (x > 1.4).mean(0)
+    truth = (weights["W1"] * shown) @ weights["W1"].T
+    directions = np.linalg.eigh(found)[1].T
+    said, real = (np.einsum("di,ij,dj->d", directions, s / np.trace(s), directions) for s in (found, truth))
+    assert (real / said).max() < 10
+
+
+def test_estimates_are_drawn_in_as_far_as_they_disagree() -> None:
+    rng = np.random.default_rng(9)
+    half = rng.standard_normal((12, 12))
+    truth = half @ half.T
+    np.testing.assert_allclose(shrunk([truth] * 4), truth)
+    np.testing.assert_allclose(shrunk([truth]), truth)
+    better = 0
+    for _ in range(50):
+        parts = half @ rng.standard_normal((4, 12, 3))
+        seen = [part @ part.T / 3 for part in parts]
+        better += np.linalg.norm(shrunk(seen) - truth) < np.linalg.norm(np.mean(seen, axis=0) - truth)
+        assert np.trace(shrunk(seen)) == pytest.approx(np.trace(np.mean(seen, axis=0)))
+    assert better > 40
+
+
+def test_long_changes_keep_their_inner_products() -> None:
+    rng = np.random.default_rng(10)
+    changes = rng.standard_normal((8, 3)) @ rng.standard_normal((3, 200_000))
+    made = changes @ projection(200_000).T
+    assert made.shape == (8, SKETCH)
+    whole = changes @ changes.T
+    np.testing.assert_allclose(made @ made.T, whole, atol=0.05 * whole.max())
+    np.testing.assert_array_equal(made, changes @ projection(200_000).T)
+    np.testing.assert_array_equal(projection(50) @ changes[0, :50], changes[0, :50])
 
 
 def test_weights_by_what_they_cost() -> None:

@@ -135,6 +135,33 @@ def test_copies_and_dead_units_go(activation: str, tmp_path: Path) -> None:
     assert rewrite.decision == "reduced"
 
 
+@pytest.mark.parametrize("noise", [0.0, 7e-4])
+def test_a_small_part_goes_for_nothing_or_stays(noise: float, tmp_path: Path) -> None:
+    """A fifth of a percent of the FLOPs is worth having for nothing, and not for half of the tolerance."""
+    rng = np.random.default_rng(3)
+    ((wide, bias),), ((left, zero),) = layers(rng, (640, 640)), layers(rng, (32, 32))
+    thin = left[:, :4] @ rng.standard_normal((4, 32)) + noise * left
+    weights = stored([(wide, bias)], "big.") | stored([(thin, zero)], "small.")
+    nodes = chain([(wide, bias)], "Tanh", "a", "y", "big.") + chain(
+        [(thin, zero)], "Tanh", "b", "z", "small."
+    )
+    inputs, outputs = (
+        [small.value(name, ["N", width]) for name, width in zip(names, (640, 32), strict=True)]
+        for names in ("ab", "yz")
+    )
+    proto = small.model(nodes, inputs, outputs, weights)
+    a, b = (rng.standard_normal((1500, width)).astype(np.float32) for width in (640, 32))
+    np.savez(tmp_path / "calib.npz", a=a, b=b)
+    told = Options(calib=tmp_path / "calib.npz", provider="cpu", latency_gate=False, objective="flops")
+    result, program = compile_model(model_io.from_proto(proto), told)
+    if noise:
+        assert not program.rewrites
+        (site,) = (site for site in result.report["sites"] if site["weight"] == "small.W0")
+        assert site["reason"] == "little-gain"
+    else:
+        assert [rewrite.decision for rewrite in program.rewrites] == ["low-rank"]
+
+
 def test_inputs_that_never_move_and_units_that_no_one_reads_go(tmp_path: Path) -> None:
     rng = np.random.default_rng(8)
     parts = layers(rng, (32, 40, 10))
