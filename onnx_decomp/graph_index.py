@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx_decomp import guards
 from onnx_decomp.errors import InputError
 from onnx_decomp.functions import FunctionKey, Inlined, inlined
+from onnx_decomp.fused_attention import MultiHead
 from onnx_decomp.graph import (
     Constants,
     Source,
@@ -25,6 +26,7 @@ from onnx_decomp.graph import (
     nested_graphs,
     outer_reads,
 )
+from onnx_decomp.model_io import opset
 from onnx_decomp.normal_form import normal_form
 
 SMALL = 1024
@@ -90,7 +92,7 @@ class GraphIndex:
         index.nodes, index.origins = index.operators.nodes, range(len(index.operators.nodes))
         index.constants = Constants.of(index.nodes, index._initializers(), read)
         index._read_shapes()
-        normal = normal_form(index.nodes, index.constants, taken, index.shapes.get)
+        normal = normal_form(index.nodes, index.constants, taken, index.shapes.get, opset(proto))
         if any(len(group) > 1 for group in normal):
             index.nodes = [node for group in normal for node in group]
             index.origins = [at for at, group in enumerate(normal) for _ in group]
@@ -152,6 +154,10 @@ class GraphIndex:
                     dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else None
                     for dim in tensor.shape.dim
                 )
+        for node in self.nodes:
+            found = MultiHead.of(node)
+            if found is not None:  # inference does not know it
+                self.element_types.setdefault(found.mask, onnx.TensorProto.INT32)
         for name, source in self.constants.sources.items():
             if source.obstacle is None:
                 self.shapes[name], self.element_types[name] = source.shape, source.element
@@ -244,7 +250,8 @@ class GraphIndex:
             position = self.producer.get(name)
             if position is None or name not in self.constants.sources or name in self.pinned_tensors:
                 continue
-            if gone.issuperset(self.consumers.get(name, [])):
+            made = self.nodes[position].output
+            if all(gone.issuperset(self.consumers.get(output, [])) for output in made):
                 found.add(position)
                 gone.add(position)
                 pending += self.nodes[position].input

@@ -22,6 +22,7 @@ import onnx
 from numpy.typing import NDArray
 from scipy.sparse import coo_array, csgraph
 
+from onnx_decomp.fused_attention import DOMAIN, MultiHead
 from onnx_decomp.graph import DEFAULT, attribute, nested_graphs, outer_reads
 from onnx_decomp.graph_index import GraphIndex
 
@@ -187,8 +188,9 @@ class Tracer:
         self, node: onnx.NodeProto
     ) -> Callable[[int, onnx.NodeProto], dict[str, Axes] | None] | None:
         domain, op = node.domain, node.op_type
-        if domain == "com.microsoft":
-            return self._elementwise if op in MICROSOFT else None
+        if domain == DOMAIN:
+            special = {"MultiHeadAttention": self._multi_head}
+            return self._elementwise if op in MICROSOFT else special.get(op)
         if domain not in DEFAULT:
             return None
         if op in ELEMENTWISE:
@@ -301,6 +303,33 @@ class Tracer:
         result = self.broadcast([x, *parameters])
         statistics = {name: Axes({}, None) for name in node.output[1:] if name}
         return {node.output[0]: result, **statistics}
+
+    def _multi_head(self, position: int, node: onnx.NodeProto) -> dict[str, Axes] | None:
+        """The columns of one head meet no others; what is added to scores may have values for each head."""
+        found = MultiHead.of(node)
+        if found is None:
+            return None
+        operands = [self.axes_of(name) for name in found.operands]
+        columns = [elements for axes in operands if (elements := axes.at(-1)[0]) is not None]
+        whole = len(columns) == 3 and not any(len(elements) % found.heads for elements in columns)
+        if not whole or len(columns[0]) != len(columns[1]) or any(axes.rank == 4 for axes in operands):
+            return None
+        self.copyable.add(position)
+        heads = self.fresh(found.heads)
+        for elements in columns:
+            self.tie(np.repeat(heads, len(elements) // found.heads), elements)
+        own = self.axes_of(found.added).at(-3) if found.added else (None, False)
+        if own[0] is not None:
+            self.tie(heads, own[0])
+        elif own[1]:
+            self.pins.append((heads, "unknown"))
+        why = f"operator:{node.op_type}"
+        for axes, axis in [*((axes, -1) for axes in operands), (self.axes_of(found.added), -3)]:
+            self.pin(_without(axes, (axis,)), why)
+        if found.mask:
+            self.pin(self.axes_of(found.mask), why)
+        rows = _without(operands[0], (-1,)).known if operands[0].rank else dict.fromkeys((-2, -3))
+        return {node.output[0]: Axes({**rows, -1: columns[2]}, 3)}
 
     def _batch_norm(self, position: int, node: onnx.NodeProto) -> dict[str, Axes] | None:
         x = self.axes_of(node.input[0])

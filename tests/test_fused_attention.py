@@ -1,0 +1,282 @@
+"""Attention and MultiHeadAttention of com.microsoft: seen as products, narrower by head, in blocks of heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_decomp.axes import find_regions
+from onnx_decomp.passes.splitting import emit
+from onnx_decomp.probe import Probe
+from onnx_decomp.program import Rewrite, Structure
+from onnx_decomp.runtime import open_session
+from onnx_decomp.sites import GraphIndex, Site, find_sites, read_affine
+from tests.test_golden import check
+from tests.test_heads import narrowed
+
+Array = NDArray[Any]
+
+TOKENS, WIDTH, HEADS, SAMPLES = 6, 24, 3, 5
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One attention layer over x [batch, 6, 24], as ONNX Runtime's fusions write it, and its output projection.
+
+    op: Attention, or MultiHeadAttention behind three products. widths: of queries (and keys), and of values. rank: of
+    queries times keys, and of values times the projection, for each head. bias: in the operator (packed), of the
+    products before it (own), or none. mask, added: shapes of the mask and of what is added to scores.
+    """
+
+    op: str = "Attention"
+    widths: tuple[int, int] = (WIDTH, WIDTH)
+    rank: int = 8
+    bias: str = "packed"
+    mask: str = ""
+    added: str = ""
+    opset: int = 17
+    dtype: Any = np.float32
+    attributes: tuple[tuple[str, Any], ...] = ()
+    seed: int = 0
+
+    def __str__(self) -> str:
+        plain = Fused()
+        return ",".join(f"{k}={v}" for k, v in vars(self).items() if v != getattr(plain, k)) or "plain"
+
+    @property
+    def weights(self) -> dict[str, Array]:
+        rng = np.random.default_rng(self.seed)
+        queries, values = self.widths
+
+        def low(rows: int, columns: int, heads: int = HEADS) -> Array:
+            left, right = (
+                rng.standard_normal((heads, rows, self.rank)),
+                rng.standard_normal((heads, self.rank, columns)),
+            )
+            made: Array = left @ right / np.sqrt(self.rank)
+            return made
+
+        made = {"q": 2 * rng.standard_normal((WIDTH, queries)), "v": rng.standard_normal((WIDTH, values))}
+        made["k"] = low(WIDTH, queries // HEADS).transpose(1, 0, 2).reshape(WIDTH, queries)
+        made["o"] = low(values // HEADS, WIDTH).reshape(values, WIDTH)
+        made = {name: array / np.sqrt(WIDTH) for name, array in made.items()}
+        made |= {f"b{name}": rng.standard_normal(made[name].shape[1]) for name in ("q", "k", "v", "o")}
+        return {name: array.astype(self.dtype) for name, array in made.items()}
+
+    def model(self) -> onnx.ModelProto:
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype))
+        weights = self.weights
+        wide = self.opset  # operators that any opset has
+        nodes, stored = [], {"Wo": weights["o"], "bo": weights["bo"]}
+        behind = ["mask" if self.mask else "", "", "added" if self.added else ""]
+        more: dict[str, Any] = {"num_heads": HEADS, **dict(self.attributes)}
+        packed = np.concatenate([weights[f"b{name}"] for name in "qkv"])
+        if self.op == "Attention":
+            stored |= {"W": np.hstack([weights[name] for name in "qkv"])}
+            if self.widths != (WIDTH, WIDTH):
+                more["qkv_hidden_sizes"] = [self.widths[0], *self.widths]
+            inputs = ["x", "W", "b", *behind]
+        else:
+            for name in "qkv":
+                stored[f"W{name}"] = weights[name]
+                own = self.bias == "own"
+                nodes.append(
+                    helper.make_node(
+                        "MatMul", ["x", f"W{name}"], [f"{name}0" if own else name], f"node_{name}"
+                    )
+                )
+                if own:
+                    stored[f"b{name}"] = weights[f"b{name}"]
+                    nodes.append(helper.make_node("Add", [f"{name}0", f"b{name}"], [name], f"add_{name}"))
+            inputs = ["q", "k", "v", "b" if self.bias == "packed" else "", behind[0], behind[2]]
+        if "b" in inputs:
+            stored["b"] = packed
+        nodes.append(
+            helper.make_node(self.op, inputs, ["context"], "attention", domain="com.microsoft", **more)
+        )
+        nodes.append(helper.make_node("MatMul", ["context", "Wo"], ["o"], "node_o"))
+        nodes.append(helper.make_node("Add", ["o", "bo"], ["y"], "add_o"))
+        fed = [helper.make_tensor_value_info("x", kind, ["batch", TOKENS, WIDTH])]
+        if self.mask:
+            fed.append(helper.make_tensor_value_info("mask", TensorProto.INT32, self._dims(self.mask)))
+        if self.added:
+            fed.append(helper.make_tensor_value_info("added", kind, self._dims(self.added)))
+        graph = helper.make_graph(
+            nodes,
+            "fused",
+            fed,
+            [helper.make_tensor_value_info("y", kind, ["batch", TOKENS, WIDTH])],
+            [numpy_helper.from_array(array, name) for name, array in stored.items()],
+        )
+        opsets = [helper.make_opsetid("", wide), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+    @staticmethod
+    def _dims(layout: str) -> list[Any]:
+        lengths = {"B": "batch", "H": HEADS, "S": TOKENS, "1": 1}
+        return [lengths[axis] for axis in layout]
+
+    def feeds(self, count: int, seed: int) -> dict[str, Array]:
+        rng = np.random.default_rng(seed)
+        made = {"x": rng.standard_normal((count, TOKENS, WIDTH)).astype(self.dtype)}
+        if self.mask:
+            shape = [count if axis == "batch" else axis for axis in self._dims(self.mask)]
+            made["mask"] = (rng.random(shape) < 0.7).astype(np.int32)
+            made["mask"][..., 0] = 1
+        if self.added:
+            shape = [count if axis == "batch" else axis for axis in self._dims(self.added)]
+            made["added"] = rng.standard_normal(shape).astype(self.dtype)
+        return made
+
+
+def index_of(model: onnx.ModelProto) -> GraphIndex:
+    return GraphIndex.build(model, numpy_helper.to_array)
+
+
+def with_attributes(**more: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(more.items())
+
+
+NATIVE = Fused(op="MultiHeadAttention", bias="own")
+
+FORMS = [
+    Fused(),
+    Fused(attributes=with_attributes(unidirectional=1)),
+    Fused(attributes=with_attributes(scale=0.2, mask_filter_value=-3.0), mask="BS"),
+    Fused(mask="BSS", attributes=with_attributes(unidirectional=1)),
+    Fused(added="BHSS", mask="BS"),
+    Fused(added="1HSS"),
+    Fused(added="B1SS", attributes=with_attributes(unidirectional=1)),
+    Fused(widths=(12, 36)),
+    Fused(widths=(48, 12), mask="BS"),
+    Fused(dtype=np.float16),
+    Fused(opset=9),
+    Fused(opset=12, mask="BS"),
+    Fused(opset=21),
+    NATIVE,
+    replace(NATIVE, bias="none", opset=11),
+    replace(NATIVE, bias="packed"),
+    replace(NATIVE, bias="packed", widths=(12, 36), mask="BS"),
+    replace(NATIVE, added="1HSS", attributes=with_attributes(scale=0.3)),
+]
+
+
+def run(model: onnx.ModelProto, feeds: dict[str, Array]) -> Array:
+    made: Array = open_session(model).run(feeds)["y"].astype(np.float64)
+    return made
+
+
+def check_close(found: Array, expected: Array, dtype: Any) -> None:
+    noise = 1e-2 if dtype == np.float16 else 1e-5
+    assert np.linalg.norm(found - expected) <= noise * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("spec", FORMS, ids=str)
+def test_the_products_compute_what_the_operator_does(spec: Fused) -> None:
+    """In normal form the model is another one, and computes the same."""
+    index = index_of(spec.model())
+    sites = find_sites(index)
+    assert [site.obstacle for site in sites] == [None] * 4
+    feeds = spec.feeds(SAMPLES, 1)
+    found = Probe(index, sites, None).run(feeds, {})["y"].astype(np.float64)
+    check_close(found, run(index.proto, feeds), spec.dtype)
+
+
+def test_sites_of_an_attention() -> None:
+    sites = find_sites(index_of(Fused(widths=(12, 36)).model()))
+    told = [(site.name, site.op, site.weight, site.shape) for site in sites]
+    assert told == [
+        ("attention/query", "Attention", "W", (24, 12)),
+        ("attention/key", "Attention", "W", (24, 12)),
+        ("attention/value", "Attention", "W", (24, 36)),
+        ("node_o", "MatMul", "Wo", (36, 24)),
+    ]
+    weights = Fused(widths=(12, 36)).weights
+    for site, name in zip(sites, ("q", "k", "v", "o"), strict=True):
+        affine = read_affine(index_of(Fused(widths=(12, 36)).model()), site)
+        np.testing.assert_array_equal(affine.weight, weights[name])
+        np.testing.assert_array_equal(affine.bias, weights[f"b{name}"])
+
+
+@pytest.mark.parametrize("spec", FORMS, ids=str)
+def test_what_is_not_rewritten_stays_byte_for_byte(spec: Fused) -> None:
+    model = spec.model()
+    assert emit(index_of(model), [], spec.opset) == model
+
+
+@pytest.mark.parametrize("spec", FORMS, ids=str)
+@pytest.mark.parametrize("widths", [{0: 3}, {1: 2}, {0: 2, 1: 3}], ids=str)
+def test_narrower_heads(spec: Fused, widths: dict[int, int]) -> None:
+    """Scores keep their scale; the packed weight is gone, and nothing that only it needed is left."""
+    index = index_of(spec.model())
+    (region,) = find_regions(index, find_sites(index))
+    assert [pair.kind for pair in region.pairs] == ["scores", "values"]
+    rewrite = narrowed(index, region, widths, 1)
+    written = emit(index, [rewrite], spec.opset)
+    check_written(spec, index, rewrite, written)
+    for number, width in widths.items():
+        pair = region.pairs[number]
+        first, second = region.sites[pair.first], region.sites[pair.second]
+        assert shape_of(written, first)[1] == HEADS * width
+        assert shape_of(written, second)[1 if pair.kind == "scores" else 0] == HEADS * width
+
+
+def check_written(spec: Fused, index: GraphIndex, rewrite: Rewrite, written: onnx.ModelProto) -> None:
+    """Valid, the same as the graph with the rewritten weights, and with no weight that nothing reads."""
+    onnx.checker.check_model(written)
+    feeds, sites = spec.feeds(SAMPLES, 3), rewrite.region.sites
+    placed = {site.index: fed for site, fed in zip(sites, rewrite.affine, strict=True)}
+    expected = Probe(index, sites, None).run(feeds, placed)["y"].astype(np.float64)
+    check_close(run(written, feeds), expected, spec.dtype)
+    read = {name for node in written.graph.node for name in node.input}
+    assert {tensor.name for tensor in written.graph.initializer} <= read
+    assert not read & {"W", "b", "Wq", "Wk", "Wv", "Wo"}
+    assert not any(node.op_type == "Attention" for node in written.graph.node)
+
+
+def shape_of(model: onnx.ModelProto, site: Site) -> list[int]:
+    return next(list(t.dims) for t in model.graph.initializer if t.name.startswith(f"{site.stem}.decomp"))
+
+
+def in_blocks(index: GraphIndex, widths: dict[int, int]) -> Rewrite:
+    """Heads 0 and 2 in one block, head 1 in the other; inputs and outputs in two halves."""
+    (region,) = find_regions(index, find_sites(index))
+    rng = np.random.default_rng(0)
+    labels = {
+        group: rng.integers(0, 2, found.size).astype(np.int32) for group, found in region.groups.items()
+    }
+    labels[region.ends[0][1]] = np.array([1, 0, 1], np.int32)
+    structure = Structure((0, 1, 2, 3), labels, 2, "exact", 0.0, 1.0)
+    return replace(narrowed(index, region, widths, 2, (structure,)), decision="split")
+
+
+@pytest.mark.parametrize("spec", FORMS, ids=str)
+@pytest.mark.parametrize("widths", [{}, {0: 2, 1: 3}], ids=["whole", "narrow"])
+def test_blocks_of_heads(spec: Fused, widths: dict[int, int]) -> None:
+    """Each block is an attention over its own heads, with its part of what is added to scores."""
+    index = index_of(spec.model())
+    rewrite = in_blocks(index, widths)
+    written = emit(index, [rewrite], spec.opset)
+    check_written(spec, index, rewrite, written)
+    nodes = [node for node in written.graph.node if node.op_type == "MultiHeadAttention"]
+    heads = [next(a.i for a in node.attribute if a.name == "num_heads") for node in nodes]
+    assert sorted(heads) == [1, 2]
+
+
+def test_emitted_graph() -> None:
+    """As narrower heads, and in blocks."""
+    for name, spec in {
+        "fused_attention": Fused(mask="BS"),
+        "fused_attention_opset_11": Fused(opset=11),
+    }.items():
+        index = index_of(spec.model())
+        (region,) = find_regions(index, find_sites(index))
+        check(name, emit(index, [narrowed(index, region, {0: 4, 1: 6}, 2)], spec.opset))
+    index = index_of(Fused(added="1HSS").model())
+    check("fused_attention_blocks", emit(index, [in_blocks(index, {})], 17))
