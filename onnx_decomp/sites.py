@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import ChainMap, defaultdict
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, cast
 
 import numpy as np
@@ -93,7 +94,7 @@ class Site:
     @property
     def stem(self) -> str:
         """What names of new weights start with: the stored tensor's name, or that of the part of it."""
-        return self.operand if self.part else self.weight
+        return f"{self.weight}.{self.part}" if self.part else self.weight
 
     @property
     def flops(self) -> int:
@@ -283,12 +284,17 @@ def _mark_shared(index: GraphIndex, sites: list[Site]) -> list[Site]:
         return site.matrix, site.shape, sides, site.dtype, site.transposed, site.alpha
 
     def alone(weight: str) -> bool:
-        """All uses of a matrix are alike, and nothing else reads it: a table of embeddings, say."""
+        """All uses of a matrix are alike, and nothing else reads it: a table of embeddings, say.
+
+        Of several parts, none is read twice, so that they take no more room than what is stored.
+        """
         found = uses[weight]
         readers = {position for site in found for position in site.nodes}
-        alike = len({use(site) for site in found}) == len({site.matrix for site in found})
+        matrices = {site.matrix: site for site in found}
+        alike = len({use(site) for site in found}) == len(matrices)
         same = len({site.obstacle for site in found}) == 1
-        return alike and same and not _read_elsewhere(index, weight, readers)
+        apart = len(matrices) == 1 or sum(prod(s.shape) for s in matrices.values()) <= prod(found[0].packed)
+        return alike and same and apart and not _read_elsewhere(index, weight, readers)
 
     shared = {weight for weight in uses if not alone(weight)}
     return [

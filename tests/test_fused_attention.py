@@ -280,3 +280,218 @@ def test_emitted_graph() -> None:
         check(name, emit(index, [narrowed(index, region, {0: 4, 1: 6}, 2)], spec.opset))
     index = index_of(Fused(added="1HSS").model())
     check("fused_attention_blocks", emit(index, [in_blocks(index, {})], 17))
+
+
+# --- where it applies ---------------------------------------------------------------------------------------------
+
+
+def edited(spec: Fused, *nodes: onnx.NodeProto, keep: int | None = None, **tensors: Array) -> onnx.ModelProto:
+    """The model of a spec with further nodes and tensors; keep: how many of its own nodes."""
+    model = spec.model()
+    del model.graph.node[len(model.graph.node) if keep is None else keep :]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in tensors.items())
+    return model
+
+
+def attend(inputs: str, output: str = "y", op: str = "MultiHeadAttention", **more: Any) -> onnx.NodeProto:
+    names = ["" if name == "-" else name for name in inputs.split()]
+    return helper.make_node(
+        op, names, output.split(), f"again_{output}", domain="com.microsoft", num_heads=HEADS, **more
+    )
+
+
+def kinds(model: onnx.ModelProto) -> list[str]:
+    index = index_of(model)
+    return [pair.kind for region in find_regions(index, find_sites(index)) for pair in region.pairs]
+
+
+def projected(*nodes: onnx.NodeProto, **tensors: Array) -> onnx.ModelProto:
+    """Products of queries, keys and values, some nodes that make `context` of them, and the output projection."""
+    own = list(NATIVE.model().graph.node)
+    return edited(NATIVE, *nodes, *own[-2:], keep=len(own) - 3, **tensors)
+
+
+PLAIN = attend("q k v", "context")
+
+
+def output_too(name: str) -> onnx.ModelProto:
+    model = projected(PLAIN)
+    model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    return model
+
+
+def apart(name: str) -> onnx.NodeProto:
+    """[batch, heads, length, width]: how keys and values of another sequence are handed over."""
+    return helper.make_node("Transpose", [f"{name}4"], [f"{name}5"], f"{name}_apart", perm=[0, 2, 1, 3])
+
+
+NO_PAIRS: dict[str, tuple[onnx.ModelProto, list[str]]] = {
+    "as it is": (projected(PLAIN), ["scores", "values"]),
+    "queries that are keys": (projected(attend("q q v", "context")), ["values"]),
+    "keys that the outside reads": (output_too("k"), ["values"]),
+    "what attention makes, read by the outside": (output_too("context"), ["scores"]),
+    "a cache that is kept": (projected(attend("q k v", "context keys values")), []),
+    "a cache that is given": (
+        projected(attend("q k v - - - past past", "context"), past=np.zeros((5, HEADS, 2, 8), np.float32)),
+        [],
+    ),
+    "a bias on top of another": (
+        projected(attend("q k v w", "context"), w=np.zeros(3 * WIDTH, np.float32)),
+        [],
+    ),
+    "a bias of the wrong length": (
+        projected(attend("q k v w", "context"), w=np.zeros(3 * WIDTH + 1, np.float32)),
+        [],
+    ),
+    "heads that don't come out even": (
+        projected(
+            helper.make_node(
+                "MultiHeadAttention", ["q", "k", "v"], ["context"], domain="com.microsoft", num_heads=5
+            )
+        ),
+        [],
+    ),
+    "keys with heads apart": (
+        projected(
+            *(helper.make_node("Reshape", [name, "apart"], [f"{name}4"]) for name in "kv"),
+            apart("k"),
+            apart("v"),
+            attend("q k5 v5", "context"),
+            apart=np.array([0, 0, HEADS, WIDTH // HEADS]),
+        ),
+        [],
+    ),
+    "scores that something unknown is added to": (
+        projected(
+            helper.make_node("Thing", ["x"], ["u"], domain="local"),
+            attend("q k v - - u", "context"),
+        ),
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_PAIRS)
+def test_pairs_only_where_heads_are_all_that_mixes(name: str) -> None:
+    model, found = NO_PAIRS[name]
+    assert kinds(model) == found
+
+
+def lengths(how: str) -> list[onnx.NodeProto]:
+    """One length for each sample, as fusions count them."""
+    if how == "EmbedLayerNormalization":
+        inputs = ["ids", "", "table", "table", "", "g", "g", "", "keys"]
+        return [helper.make_node(how, inputs, ["embedded", "m"], domain="com.microsoft")]
+    return [
+        helper.make_node("ReduceSum", ["keys", "axes"], ["counted"], keepdims=0),
+        helper.make_node("Cast", ["counted"], ["m"], to=TensorProto.INT32),
+    ]
+
+
+@pytest.mark.parametrize("how", ["ReduceSum", "EmbedLayerNormalization"])
+def test_lengths_that_are_counted_are_a_mask(how: str) -> None:
+    """ONNX Runtime's fusions count the keys of each sample, and an exporter does not tell how many samples."""
+    spec = Fused(opset=17)
+    own = list(spec.model().graph.node)
+    attention = attend("x W b m", "context", "Attention")
+    model = edited(spec, *lengths(how), attention, *own[-2:], keep=0, axes=np.array([1]))
+    model.graph.input.append(helper.make_tensor_value_info("keys", TensorProto.INT32, ["batch", TOKENS]))
+    assert kinds(model) == ["scores", "values"]
+    if how == "EmbedLayerNormalization":
+        return  # it is only looked at here: what else it wants is not there
+    index = index_of(model)
+    (region,) = find_regions(index, find_sites(index))
+    rewrite = narrowed(index, region, {0: 4, 1: 4}, 3)
+    feeds = spec.feeds(SAMPLES, 1) | {"keys": np.tril(np.ones((SAMPLES, TOKENS), np.int32), 1)}
+    placed = {site.index: fed for site, fed in zip(region.sites, rewrite.affine, strict=True)}
+    expected = Probe(index, region.sites, None).run(feeds, placed)["y"]
+    check_close(run(emit(index, [rewrite], 17), feeds), expected, np.float32)
+
+
+def test_an_attention_without_a_projection() -> None:
+    """Its products are rewritten by themselves; the attention stays whole behind them."""
+    spec = Fused(mask="BS")
+    model = edited(
+        spec,
+        attend("x W b mask", "context", "Attention"),
+        helper.make_node("Relu", ["context"], ["y"]),
+        keep=0,
+    )
+    del model.graph.initializer[:2]
+    index = index_of(model)
+    (region,) = find_regions(index, find_sites(index))
+    assert (len(region.sites), region.pairs) == (3, ())
+    rewrite = narrowed(index, region, {}, 1)
+    halved = tuple(replace(affine, weight=affine.weight / 2) for affine in rewrite.affine)
+    check_written(
+        spec, index, replace(rewrite, affine=halved), emit(index, [replace(rewrite, affine=halved)], 17)
+    )
+
+
+def test_layers_that_share_a_packed_weight() -> None:
+    """As in ALBERT: one region, each of the three matrices rewritten once for all layers."""
+    spec, own = Fused(), list(Fused().model().graph.node)
+    again = [attend("y0 W b", "context1", "Attention")]
+    again += [
+        helper.make_node("MatMul", ["context1", "Wo"], ["o1"]),
+        helper.make_node("Add", ["o1", "bo"], ["y"]),
+    ]
+    own[-1].output[0] = "y0"
+    model = edited(spec, *own, *again, keep=0)
+    index = index_of(model)
+    sites = find_sites(index)
+    assert [site.obstacle for site in sites] == [None] * 8
+    (region,) = find_regions(index, sites)
+    assert region.pairs == ()
+    rewrite = narrowed(index, region, {}, 1)
+    halved = tuple(replace(affine, weight=affine.weight / 2) for affine in rewrite.affine)
+    written = emit(index, [replace(rewrite, affine=halved)], 17)
+    check_written(spec, index, replace(rewrite, affine=halved), written)
+    names = [tensor.name for tensor in written.graph.initializer]
+    assert len([name for name in names if name.startswith("W.")]) == 3
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        helper.make_node("ReduceSum", ["W"], ["z"]),
+        helper.make_node("MatMul", ["x", "W"], ["z"]),
+        helper.make_node("Identity", ["W"], ["z"]),
+        attend("x W b", "z", "Attention", qkv_hidden_sizes=[30, 30, 12]),
+    ],
+    ids=lambda node: str(node.op_type),
+)
+def test_a_packed_weight_that_is_read_in_another_way_stays(reader: onnx.NodeProto) -> None:
+    """All of it: else the file would hold its columns twice."""
+    model = edited(Fused(), reader)
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
+    obstacles = {(site.weight, site.obstacle) for site in find_sites(index_of(model))}
+    assert obstacles == {("W", "shared-weight"), ("Wo", None)}
+
+
+def test_a_constant_that_a_split_cuts_up() -> None:
+    """An exporter may write the same: parts of one weight are rewritten together."""
+    spec, own = NATIVE, list(NATIVE.model().graph.node)
+    weights = spec.weights
+    packed = {name: np.concatenate([weights[f"{name}{part}"] for part in "qkv"], -1) for name in ("", "b")}
+    cut = [
+        helper.make_node("Split", ["W", "sizes"], ["Wq", "Wk", "Wv"], "cut", axis=-1),
+        helper.make_node("Split", ["B", "sizes"], ["bq", "bk", "bv"], "cut_bias", axis=0),
+    ]
+    model = edited(spec, *cut, *own, keep=0, sizes=np.array([WIDTH] * 3), W=packed[""], B=packed["b"])
+    kept = [
+        tensor
+        for tensor in model.graph.initializer
+        if tensor.name not in {f"{b}{p}" for b in "Wb" for p in "qkv"}
+    ]
+    stored = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(stored)
+    index = index_of(model)
+    (region,) = find_regions(index, find_sites(index))
+    assert [site.weight for site in region.sites] == ["W", "W", "W", "Wo"]
+    rewrite = narrowed(index, region, {0: 3, 1: 5}, 1)
+    written = emit(index, [rewrite], 17)
+    check_written(spec, index, rewrite, written)
+    assert not {"sizes", "B"} & {tensor.name for tensor in written.graph.initializer}
