@@ -49,12 +49,18 @@ def packed_widths(node: onnx.NodeProto, constants: Constants) -> tuple[int, int,
     source = constants.sources.get(given(node, 1))
     if source is None or len(source.shape) != 2:
         return None
-    columns, heads = source.shape[1], int(attribute(node, "num_heads", 0))
-    listed = [int(size) for size in attribute(node, "qkv_hidden_sizes", [])] or [columns // 3] * 3
-    fits = len(listed) == 3 and sum(listed) == columns and listed[0] == listed[1] and min(listed) > 0
-    if not fits or heads < 1 or any(size % heads for size in listed):
+    columns, heads = source.shape[1], _heads(node)
+    listed = [list(item.ints) for item in node.attribute if item.name == "qkv_hidden_sizes"]
+    sizes = listed[0] if listed and listed[0] else [columns // 3] * 3
+    fits = len(sizes) == 3 and sum(sizes) == columns and sizes[0] == sizes[1] and min(sizes) > 0
+    if not fits or heads < 1 or any(size % heads for size in sizes):
         return None
-    return listed[0], listed[1], listed[2]
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _heads(node: onnx.NodeProto) -> int:
+    """How many a node has; 0 where it does not say so in a whole number."""
+    return next((int(item.i) for item in node.attribute if item.name == "num_heads"), 0)
 
 
 def attention_obstacle(
@@ -68,8 +74,9 @@ def attention_obstacle(
     mask = given(node, _MASK)
     if mask and not _takes(mask, given(node, 0), shape_of, makers):
         return "attention-mask"
+    whole = given(node, 0) and node.output and node.output[0] and packed_widths(node, constants)
     known = all(item.name in _PASSED_ON | _IDLE and not item.ref_attr_name for item in node.attribute)
-    return None if known and packed_widths(node, constants) else "fused-attention"
+    return None if known and whole else "fused-attention"
 
 
 def _takes(mask: str, x: str, shape_of: ShapeOf, makers: Makers) -> bool:
@@ -77,26 +84,24 @@ def _takes(mask: str, x: str, shape_of: ShapeOf, makers: Makers) -> bool:
 
     Not the start of each sample beside its end [2 B], a dummy [B, 1], or a causal mask of four axes.
     """
-    if _is_lengths(mask, makers):
-        return True
     shape, batch = shape_of(mask), (shape_of(x) or (None,))[0]
-    if shape is None or (batch is None and len(shape) == 1):
-        return False
-    if len(shape) == 1:
-        return batch is not None and shape[0] in (batch, 3 * batch + 2)
-    return len(shape) == 3 or (len(shape) == 2 and shape[1] != 1)
+    if shape is not None and len(shape) != 1:
+        return len(shape) == 3 or (len(shape) == 2 and shape[1] != 1)
+    if shape is not None and shape[0] is not None and batch is not None:
+        return shape[0] in (batch, 3 * batch + 2)
+    return _is_lengths(mask, makers)
 
 
 def _is_lengths(mask: str, makers: Makers) -> bool:
     """Counted for each sample by what ONNX Runtime's own fusion puts in front of an Attention."""
     maker = makers.get(mask)
+    if maker is not None and is_standard(maker, "Cast") and maker.input:
+        maker = makers.get(maker.input[0])
     if maker is None:
         return False
-    if is_standard(maker, "Cast", "Identity"):
-        return _is_lengths(maker.input[0], makers)
     if is_microsoft(maker, "EmbedLayerNormalization"):
-        return list(maker.output).index(mask) == 1
-    return is_standard(maker, "ReduceSum") and not attribute(maker, "keepdims", 1)
+        return mask in maker.output[1:2]
+    return is_standard(maker, "ReduceSum") and attribute(maker, "keepdims", 1) == 0
 
 
 def multi_head_inputs(node: onnx.NodeProto, parts: Sequence[str]) -> list[str]:
@@ -144,7 +149,7 @@ class MultiHead:
             return None
         if any(given(node, at) for at in (3, *range(6, len(node.input)))):
             return None
-        heads = int(attribute(node, "num_heads", 0))
+        heads = _heads(node)
         if heads < 1 or len([name for name in node.output if name]) != 1:
             return None
         operands = node.input[0], node.input[1], node.input[2]

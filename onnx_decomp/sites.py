@@ -368,7 +368,7 @@ def _listed(
         at = 1  # the standard one has no weights
     elif node.op_type not in _WEIGHT_INPUTS or node.domain not in (*DEFAULT, DOMAIN):
         return None
-    source = constants.sources.get(node.input[at]) if len(node.input) > at else None
+    source = constants.sources.get(node.input[at]) if len(node.input) > at and node.output else None
     shape = None if source is None else _listed_shape(node, source, at)
     if source is None or shape is None:
         return None

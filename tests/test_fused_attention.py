@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -500,6 +502,26 @@ def test_a_constant_that_a_split_cuts_up() -> None:
     written = emit(index, [rewrite], 17)
     check_written(spec, index, rewrite, written)
     assert not {"sizes", "B"} & {tensor.name for tensor in written.graph.initializer}
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_node_of_these_operators_is_read(data: st.DataObject) -> None:
+    """Files hold what they like: inputs and outputs left out, attributes of any type, shapes that don't fit."""
+    names = st.sampled_from(["", "x", "W", "b", "q", "k", "v", "mask", "none"])
+    op = data.draw(st.sampled_from(["Attention", "MultiHeadAttention"]))
+    inputs, outputs = (data.draw(st.lists(names, max_size=most)) for most in (8, 3))
+    values = st.sampled_from([0, 1, 3, -3, 2.5, "three", [1, 2], [WIDTH] * 3, [0.5]])
+    keys = ("num_heads", "qkv_hidden_sizes", "scale", "do_rotary", "unidirectional", "else")
+    more = data.draw(st.dictionaries(st.sampled_from(keys), values))
+    outputs = [f"{name}.made{at}" if name else "" for at, name in enumerate(outputs)]
+    node = helper.make_node(op, inputs, outputs, domain="com.microsoft", **more)
+    model = edited(
+        replace(NATIVE, mask="BS"), node, W=np.ones((WIDTH, 3 * WIDTH), np.float32), b=np.ones(5, np.float32)
+    )
+    index = index_of(model)
+    find_regions(index, find_sites(index))
+    assert emit(index, [], 17) == model
 
 
 # --- the whole compiler -------------------------------------------------------------------------------------------
