@@ -24,6 +24,7 @@ from onnx_decomp.probe import Probe
 from onnx_decomp.program import Rewrite, Structure
 from onnx_decomp.runtime import open_session
 from onnx_decomp.sites import GraphIndex, Site, find_sites, read_affine
+from tests import bert
 from tests.test_golden import check
 from tests.test_heads import narrowed
 
@@ -607,3 +608,31 @@ def test_in_a_function_and_in_a_body(tmp_path: Path) -> None:
         *(("if:choice/then", f"attention/{part}", 4) for part in ("query", "key", "value")),
         ("if:choice/then", "node_o", 4),
     ]
+
+
+def test_a_fused_bert_compiles_as_the_exported_one(tmp_path: Path) -> None:
+    """The optimizer's own operators around it or not: the same rewrites, and layers that stay are as they were."""
+    models = {"exported": bert.exported()}
+    models["fused"] = bert.fused(models["exported"], tmp_path)
+    before = [node for node in models["fused"].graph.node if node.op_type == "Attention"]
+    assert len(before) == 2
+    told, feeds = {}, bert.texts(50, 5)
+    for name, model in models.items():
+        done = compiled(model, bert.texts(400, 1), tmp_path, tolerance=0.05)
+        change = np.linalg.norm(run(done.model, feeds) - run(model, feeds))
+        assert 0 < change <= 0.05 * np.linalg.norm(run(model, feeds))
+        told[name] = [(s["shape"], s["region"], s["decision"], s["head_width"]) for s in done.report["sites"]]
+    assert told["fused"] == told["exported"]
+    assert any(width is not None for *_, width in told["fused"]), "nothing was kept inside of an attention"
+    regions = {s["node"].partition("/")[0]: s["region"] for s in done.report["sites"]}
+    after = {node.name: node for node in done.model.graph.node}
+    stored = {tensor.name for tensor in done.model.graph.initializer}
+    for node in before:
+        if regions[node.name] not in done.report["kept"]:
+            assert after[node.name] == node
+            assert set(node.input[1:3]) <= stored
+            continue
+        assert node.name not in after
+        assert not set(node.input[1:3]) & stored
+        (heads,) = [n for name, n in after.items() if name.startswith(f"{node.name}/decomp/MultiHead")]
+        assert list(heads.input[3:]) == ["", node.input[3]]
