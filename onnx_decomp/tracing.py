@@ -42,6 +42,7 @@ MICROSOFT = frozenset({"Gelu", "FastGelu", "QuickGelu", "BiasGelu"})
 """The same in the domain com.microsoft."""
 LONGEST = 2**24
 """An axis with more positions than this has no units: it is no layer's, and a table of them would not fit in memory."""
+SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
 REDUCTIONS = frozenset(
     f"Reduce{kind}"
@@ -189,7 +190,7 @@ class Tracer:
     ) -> Callable[[int, onnx.NodeProto], dict[str, Axes] | None] | None:
         domain, op = node.domain, node.op_type
         if domain == DOMAIN:
-            special = {"MultiHeadAttention": self._multi_head}
+            special = {"MultiHeadAttention": self._multi_head, **dict.fromkeys(SKIP_NORMS, self._skip_norm)}
             return self._elementwise if op in MICROSOFT else special.get(op)
         if domain not in DEFAULT:
             return None
@@ -304,6 +305,13 @@ class Tracer:
         statistics = {name: Axes({}, None) for name in node.output[1:] if name}
         return {node.output[0]: result, **statistics}
 
+    def _skip_norm(self, position: int, node: onnx.NodeProto) -> dict[str, Axes] | None:
+        """A norm of a sum, which it hands on too, as its fourth output."""
+        made = self._norm(position, node)
+        if made is not None and len(node.output) > 3 and node.output[3]:
+            made[node.output[3]] = made[node.output[0]]
+        return made
+
     def _multi_head(self, position: int, node: onnx.NodeProto) -> dict[str, Axes] | None:
         """The columns of one head meet no others; what is added to scores may have values for each head."""
         found = MultiHead.of(node)
@@ -318,16 +326,15 @@ class Tracer:
         heads = self.fresh(found.heads)
         for elements in columns:
             self.tie(np.repeat(heads, len(elements) // found.heads), elements)
-        own = self.axes_of(found.added).at(-3) if found.added else (None, False)
-        if own[0] is not None:
-            self.tie(heads, own[0])
-        elif own[1]:
+        added = self.axes_of(found.added) if found.added else Axes({}, 0)
+        own, unknown = added.at(-3)
+        if own is not None:
+            self.tie(heads, own)
+        elif unknown:
             self.pins.append((heads, "unknown"))
-        why = f"operator:{node.op_type}"
-        for axes, axis in [*((axes, -1) for axes in operands), (self.axes_of(found.added), -3)]:
-            self.pin(_without(axes, (axis,)), why)
-        if found.mask:
-            self.pin(self.axes_of(found.mask), why)
+        mask = self.axes_of(found.mask) if found.mask else Axes({}, 0)
+        for axes in (*(_without(axes, (-1,)) for axes in operands), _without(added, (-3,)), mask):
+            self.pin(axes, f"operator:{node.op_type}")
         rows = _without(operands[0], (-1,)).known if operands[0].rank else dict.fromkeys((-2, -3))
         return {node.output[0]: Axes({**rows, -1: columns[2]}, 3)}
 

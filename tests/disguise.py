@@ -123,7 +123,7 @@ def _product(node: onnx.NodeProto, kind: str, rank: int | None) -> list[onnx.Nod
 
 
 def fused(model: onnx.ModelProto, op: str) -> onnx.ModelProto:
-    """A transformer of `models.networks` with each attention in one operator of com.microsoft.
+    """A transformer of `models.networks` with each attention in one operator of com.microsoft, norms with their sums.
 
     op: Attention, which holds the weights of queries, keys and values, or MultiHeadAttention behind three products.
     """
@@ -156,6 +156,7 @@ def fused(model: onnx.ModelProto, op: str) -> onnx.ModelProto:
             causal = int(f"{name}.scores/Add" in by_name)
             more = {"num_heads": int(split[2]), "unidirectional": causal, "domain": "com.microsoft"}
             made.graph.node.append(helper.make_node(op, inputs, list(node.output), name, **more))
+    _fuse_norms(made)
     read = {name for node in made.graph.node for name in node.input}
     kept = [
         numpy_helper.from_array(numpy_helper.to_array(t), t.name)
@@ -165,6 +166,25 @@ def fused(model: onnx.ModelProto, op: str) -> onnx.ModelProto:
     del made.graph.initializer[:]
     made.graph.initializer.extend(kept)
     return made
+
+
+def _fuse_norms(model: onnx.ModelProto) -> None:
+    """A sum and the norm of it in one operator, which hands both on."""
+    norms = {node.input[0]: node for node in model.graph.node if node.op_type == "LayerNormalization"}
+    stored = {tensor.name for tensor in model.graph.initializer}
+    nodes = list[onnx.NodeProto]()
+    for node in model.graph.node:
+        norm = norms.get(node.output[0])
+        if node.op_type == "Add" and norm is not None and stored.isdisjoint(node.input):
+            inputs, outputs = [*node.input, *norm.input[1:]], [norm.output[0], "", "", node.output[0]]
+            more = {"domain": "com.microsoft", "epsilon": norm.attribute[-1].f}
+            nodes.append(helper.make_node("SkipLayerNormalization", inputs, outputs, norm.name, **more))
+            del norms[node.output[0]]
+        elif node.op_type != "LayerNormalization" or node.input[0] in norms:
+            nodes.append(node)
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
 
 
 def _array(
