@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_decomp import cli
 from onnx_decomp.axes import find_regions
 from onnx_decomp.compiler import Result, decompose
 from onnx_decomp.init_stats import load_nulls
@@ -556,6 +558,36 @@ def test_the_rank_that_heads_have_is_found(spec: Fused, tmp_path: Path) -> None:
     assert done.model.ByteSize() < model.ByteSize()
     again = compiled(done.model, spec.feeds(400, 1), tmp_path, tolerance=1e-4, force=True)
     assert not again.changed
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With external data, too; `explain` takes the node's name, of one of its three matrices, or of the weight."""
+    spec = Fused(rank=4, mask="BS", dtype=np.float16)
+    onnx.save(
+        spec.model(), tmp_path / "in.onnx", save_as_external_data=True, location="in.data", size_threshold=0
+    )
+    np.savez(tmp_path / "calib.npz", **spec.feeds(400, 1))  # type: ignore[arg-type]
+    files = [str(tmp_path / name) for name in ("in.onnx", "out.onnx")]
+    asked = [
+        "--calib",
+        str(tmp_path / "calib.npz"),
+        "--report",
+        str(tmp_path / "report.json"),
+        "--provider",
+        "cpu",
+    ]
+    asked += ["--objective", "flops", "--tolerance", "1e-2", "--no-latency-gate", "--require-change", "-q"]
+    assert cli.main([*files, *asked]) == 0
+    feeds = spec.feeds(20, 7)
+    before, after = (open_session(Path(name)).run(feeds)["y"].astype(np.float64) for name in files)
+    assert np.linalg.norm(after - before) <= 1e-2 * np.linalg.norm(before)
+    written = onnx.load(files[1])
+    assert {tensor.data_type for tensor in written.graph.initializer} == {TensorProto.FLOAT16}
+    assert not any(tensor.name in ("W", "b") for tensor in written.graph.initializer)
+    for name, count in (("attention", 3), ("attention/key", 1), ("W", 3), ("node_o", 1)):
+        capsys.readouterr()
+        assert cli.main(["explain", str(tmp_path / "report.json"), name, "--json"]) == 0
+        assert len(json.loads(capsys.readouterr().out)["sites"]) == count
 
 
 def test_what_was_stored_packed_is_compared_with_a_packed_snapshot(tmp_path: Path) -> None:
