@@ -41,7 +41,8 @@ class Fused:
 
     op: Attention, or MultiHeadAttention behind three products. widths: of queries (and keys), and of values. rank: of
     queries times keys, and of values times the projection, for each head. bias: in the operator (packed), of the
-    products before it (own), or none. mask, added: shapes of the mask and of what is added to scores.
+    products before it (own), or none. mask, added: shapes of the mask and of what is added to scores. cross: keys and
+    values of another sequence, z [batch, 4, 24].
     """
 
     op: str = "Attention"
@@ -53,6 +54,7 @@ class Fused:
     opset: int = 17
     dtype: Any = np.float32
     attributes: tuple[tuple[str, Any], ...] = ()
+    cross: bool = False
     seed: int = 0
 
     def __str__(self) -> str:
@@ -98,7 +100,10 @@ class Fused:
                 own = self.bias == "own"
                 nodes.append(
                     helper.make_node(
-                        "MatMul", ["x", f"W{name}"], [f"{name}0" if own else name], f"node_{name}"
+                        "MatMul",
+                        ["z" if self.cross and name != "q" else "x", f"W{name}"],
+                        [f"{name}0" if own else name],
+                        f"node_{name}",
                     )
                 )
                 if own:
@@ -113,6 +118,8 @@ class Fused:
         nodes.append(helper.make_node("MatMul", ["context", "Wo"], ["o"], "node_o"))
         nodes.append(helper.make_node("Add", ["o", "bo"], ["y"], "add_o"))
         fed = [helper.make_tensor_value_info("x", kind, ["batch", TOKENS, WIDTH])]
+        if self.cross:
+            fed.append(helper.make_tensor_value_info("z", kind, ["batch", 4, WIDTH]))
         if self.mask:
             fed.append(helper.make_tensor_value_info("mask", TensorProto.INT32, self._dims(self.mask)))
         if self.added:
@@ -135,6 +142,8 @@ class Fused:
     def feeds(self, count: int, seed: int) -> dict[str, Array]:
         rng = np.random.default_rng(seed)
         made = {"x": rng.standard_normal((count, TOKENS, WIDTH)).astype(self.dtype)}
+        if self.cross:
+            made["z"] = rng.standard_normal((count, 4, WIDTH)).astype(self.dtype)
         if self.mask:
             shape = [count if axis == "batch" else axis for axis in self._dims(self.mask)]
             made["mask"] = (rng.random(shape) < 0.7).astype(np.int32)
@@ -172,6 +181,8 @@ FORMS = [
     NATIVE,
     replace(NATIVE, bias="none", opset=11),
     replace(NATIVE, bias="packed"),
+    replace(NATIVE, cross=True),
+    replace(NATIVE, cross=True, bias="packed", widths=(12, 36)),
     replace(NATIVE, bias="packed", widths=(12, 36), mask="BS"),
     replace(NATIVE, added="1HSS", attributes=with_attributes(scale=0.3)),
 ]
@@ -437,6 +448,32 @@ def test_an_attention_without_a_projection() -> None:
     check_written(
         spec, index, replace(rewrite, affine=halved), emit(index, [replace(rewrite, affine=halved)], 17)
     )
+
+
+def test_a_bias_that_only_one_product_takes_with_it() -> None:
+    """Queries are rewritten alone; keys and values get theirs from what is left of the operator's bias."""
+    spec, (*own, _, _) = replace(NATIVE, bias="packed"), replace(NATIVE, bias="packed").model().graph.node
+    model = edited(spec, *own, helper.make_node("Relu", ["context"], ["y"]), keep=0)
+    index = index_of(model)
+    regions = find_regions(index, find_sites(index))
+    assert [len(region.sites) for region in regions] == [1, 1, 1]
+    rewrite = narrowed(index, regions[0], {}, 1)
+    halved = replace(rewrite, affine=tuple(replace(a, weight=a.weight / 2) for a in rewrite.affine))
+    written, feeds = emit(index, [halved], 17), spec.feeds(SAMPLES, 1)
+    placed = {regions[0].sites[0].index: halved.affine[0]}
+    expected = Probe(index, find_sites(index), None).run(feeds, placed)["y"]
+    check_close(run(written, feeds), expected, np.float32)
+
+
+@pytest.mark.parametrize("name", ["k", "v", "context"])
+def test_what_the_outside_reads_is_joined(name: str) -> None:
+    index = index_of(output_too(name))
+    written, feeds = emit(index, [rewrite := in_blocks(index, {})], 17), NATIVE.feeds(SAMPLES, 1)
+    placed = {site.index: fed for site, fed in zip(rewrite.region.sites, rewrite.affine, strict=True)}
+    expected = Probe(index, rewrite.region.sites, None).run(feeds, placed)
+    found = open_session(written).run(feeds)
+    for output in ("y", name):
+        check_close(found[output], expected[output], np.float32)
 
 
 def test_layers_that_share_a_packed_weight() -> None:
