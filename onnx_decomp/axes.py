@@ -243,7 +243,7 @@ class Builder:
                 forward.append(position)
                 reached.update(node.output)
             elif any(name in beyond or name in reached for name in node.input):
-                beyond.update(node.output)
+                beyond.update(name for name in node.output if name)  # what is left out has no name
         wanted = set(entry)
         for position in reversed(forward):
             if any(name in wanted for name in self.index.node(position).output):

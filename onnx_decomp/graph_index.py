@@ -129,8 +129,7 @@ class GraphIndex:
             if name == source.name and source.obstacle != "overridable"
         }
         for position, node in enumerate(self.nodes):
-            for name in node.output:
-                self.producer[name] = position
+            self.producer |= {name: position for name in node.output if name}
             for name in node.input:
                 if name:
                     self.consumers[name].append(position)

@@ -236,6 +236,23 @@ def test_pairs_only_where_heads_are_all_that_mixes(name: str) -> None:
     assert kinds(model) == found
 
 
+def test_what_is_left_out_ties_nothing() -> None:
+    """Outputs of a norm and inputs of an attention that are not there have the same name, an empty one."""
+    inputs, outputs = ["context", "x", "scale"], ["normed", "", "", "sum"]
+    norm = helper.make_node("SkipSimplifiedLayerNormalization", inputs, outputs, domain="com.microsoft")
+    own = [
+        onnx.NodeProto.FromString(n.SerializeToString())
+        for n in replace(NATIVE, bias="packed").model().graph.node
+    ]
+    for node in own[:3]:
+        node.input[0] = "normed"
+    own[-3].output[0], own[-2].input[0] = "mixed", "mixed"
+    first = [attend("x W b", "context", "Attention"), norm]
+    more = {"W": Fused().weights["q"].repeat(3, 1), "scale": np.ones(WIDTH, np.float32)}
+    model = edited(replace(NATIVE, bias="packed"), *first, *own, keep=0, **more)
+    assert kinds(model) == ["scores", "values"]
+
+
 def lengths(how: str) -> list[onnx.NodeProto]:
     """One length for each sample, as fusions count them."""
     if how == "EmbedLayerNormalization":
