@@ -220,6 +220,16 @@ NO_PAIRS: dict[str, tuple[onnx.ModelProto, list[str]]] = {
         ),
         [],
     ),
+    "a rotary embedding": (
+        projected(
+            helper.make_node("RotaryEmbedding", ["q", "at", "c", "s"], ["turned"], domain="com.microsoft"),
+            attend("turned k v", "context"),
+            at=np.arange(TOKENS)[None],
+            c=np.ones((TOKENS, 4), np.float32),
+            s=np.ones((TOKENS, 4), np.float32),
+        ),
+        ["values"],
+    ),
     "scores that something unknown is added to": (
         projected(
             helper.make_node("Thing", ["x"], ["u"], domain="local"),
