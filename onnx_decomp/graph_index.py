@@ -39,7 +39,7 @@ INFERENCE = 2**30
 AS_INPUT: Mapping[str, Sequence[int]] = {
     "SkipLayerNormalization": (0, 3),
     "SkipSimplifiedLayerNormalization": (0, 3),
-    **dict.fromkeys(("BiasGelu", "FastGelu", "Gelu", "QuickGelu"), (0,)),
+    **dict.fromkeys(("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "RotaryEmbedding"), (0,)),
 }
 """Operators of com.microsoft, and which of their outputs have the type and the shape of the first input."""
 
