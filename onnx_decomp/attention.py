@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_decomp.fused_attention import MultiHead
 from onnx_decomp.graph import FLOATS, attribute, is_standard
 from onnx_decomp.graph_index import GraphIndex
 from onnx_decomp.sites import Site
@@ -51,7 +52,7 @@ def find_pairs(
     units: for each site the unit of each row, and of each column. links: positions of the operators between them.
     """
     finder = _Finder(index, sites, units, frozenset(links))
-    found = [finder.at(position) for position in sorted(links)]
+    found = [pair for position in sorted(links) for pair in finder.at(position)]
     return tuple(pair for pair in found if pair is not None)
 
 
@@ -81,20 +82,34 @@ class _Finder:
     units: Ends
     links: frozenset[int]
 
-    def at(self, position: int) -> HeadPair | None:
-        """The pair that meets in the product at a position, if it is one of two computed operands."""
+    def at(self, position: int) -> Sequence[HeadPair | None]:
+        """The pairs that meet in the product at a position, if it is one of computed operands."""
         node = self.index.node(position)
+        several = MultiHead.of(node)
+        if several is not None:
+            return self._in_heads(several, node.output[0])
         if not is_standard(node, "MatMul") or any(
             name in self.index.constants.sources for name in node.input
         ):
-            return None
+            return []
         left, right = (self._from(name) for name in node.input)
         if left is not None and right is not None and (left[1].axis, right[1].axis) == (-1, -2):
-            return self._pair("scores", left, right[0], 1, right[1])
+            return [self._pair("scores", left, right[0], 1, right[1])]
         for side, found in enumerate((left, right)):
             if found is not None and found[1].axis == (-2, -1)[side]:
-                return self._behind(node.output[0], *found)
-        return None
+                return [self._behind(node.output[0], *found)]
+        return []
+
+    def _in_heads(self, several: MultiHead, output: str) -> Sequence[HeadPair | None]:
+        """Both pairs of a MultiHeadAttention, which takes heads side by side."""
+        query, key, value = (self._from(name) for name in several.operands)
+        if any(found and found[1].axis is not None for found in (query, key, value)):
+            return []
+        pairs = [
+            query and key and self._pair("scores", query, key[0], 1, key[1]),
+            value and self._behind(output, *value),
+        ]
+        return [pair for pair in pairs if pair is not None and pair.heads == several.heads]
 
     def _behind(self, made: str, first: int, path: _Path) -> HeadPair | None:
         """Values that were mixed over positions, on to the site that reads them."""
@@ -114,8 +129,8 @@ class _Finder:
         first, path = begin
         heads, width = path.heads, path.width
         same = np.array_equal(self.units[first][1], self.units[second][side])
-        weights = [site.weight for site in self.sites]
-        own = first != second and all(weights.count(weights[at]) == 1 for at in (first, second))
+        matrices = [site.matrix for site in self.sites]
+        own = first != second and all(matrices.count(matrices[at]) == 1 for at in (first, second))
         if not (same and own and (end.heads, end.width) == (heads, width)):
             return None
         joined = frozenset([*path.joined, *end.joined])
@@ -138,7 +153,7 @@ class _Finder:
         heads, width = _dealt(self.units[at][1])
         start = self._onward(_Path(tensor, heads, width, None, (tensor,))) if width > 1 else None
         path = reduce(lambda path, step: path and self._step(path, step), steps, start)
-        return None if path is None or path.axis is None else (at, path)
+        return None if path is None else (at, path)
 
     def _known(self, name: str) -> bool:
         return not name or self.index.constant(name) is not None

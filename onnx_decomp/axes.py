@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array, csgraph
 
 from onnx_decomp.attention import HeadPair, find_pairs
+from onnx_decomp.fused_attention import MultiHead
 from onnx_decomp.graph import DEFAULT
 from onnx_decomp.graph_index import GraphIndex
 from onnx_decomp.sites import Site
@@ -242,7 +243,7 @@ class Builder:
                 forward.append(position)
                 reached.update(node.output)
             elif any(name in beyond or name in reached for name in node.input):
-                beyond.update(node.output)
+                beyond.update(name for name in node.output if name)  # what is left out has no name
         wanted = set(entry)
         for position in reversed(forward):
             if any(name in wanted for name in self.index.node(position).output):
@@ -277,6 +278,11 @@ class Builder:
         carrier = self.carriers[node.output[0]]
         assert carrier is not None
         axis = carrier[0].axis
+        several = MultiHead.of(node)
+        if several is not None:
+            added = self.traced.axes[several.added].at(-3) if several.added else (None, False)
+            carrying = [*several.operands, *([] if added[0] is None else [several.added])]
+            return added[1] or any(self.carriers.get(name) is None for name in carrying)
         if not _elementwise(self.index, position) and (node.op_type != "MatMul" or axis >= -2):
             source = 1 if node.op_type == "MatMul" and axis == -1 else 0
             return self.carriers.get(node.input[source]) is None
@@ -315,7 +321,7 @@ class Builder:
             for name in self.index.node(position).input
             if name in maker
         ]
-        first: dict[str, int] = {}
+        first: dict[str, int] = {}  # a part of a tensor is not rewritten without the others
         for site in self.sites:
             pairs.append((number[first.setdefault(site.weight, site.nodes[-1])], number[site.nodes[-1]]))
         heads, tails = np.array(pairs, np.intp).reshape(-1, 2).T

@@ -107,6 +107,8 @@ def _body(
             stored[name] = index.stored[name]
         elif index.calls(position) or set(index.node(position).input) - sources.keys() - {""}:
             own.add(name)  # made inside of a call: it is no constant of the model's own
+        elif len(index.node(position).output) > 1:
+            own.add(name)  # a part of a constant, which other parts are made with
         elif position not in lead:
             lead.add(position)
             pending += [name for name in index.node(position).input if name]

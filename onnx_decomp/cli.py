@@ -315,11 +315,11 @@ def _print_frontier(report: dict[str, Any], quiet: bool, written: Sequence[str])
 @debug_option
 def explain(report: Path, node: str, as_json: bool) -> None:
     """Say what a report found at NODE (a node or a weight), what was decided, and why."""
-    from onnx_decomp.rendering import describe_site
+    from onnx_decomp.rendering import called, describe_site
     from onnx_decomp.report import read, reading, to_json
 
     with reading(report):
-        sites = [site for site in read(report)["sites"] if node in (site["node"], site["weight"])]
+        sites = [site for site in read(report)["sites"] if node in called(site)]
         lines = [line for site in sites for line in describe_site(site)]
         shown = to_json({"sites": sites}) if as_json else "\n".join(lines)
     if not sites:

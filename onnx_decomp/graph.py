@@ -36,7 +36,7 @@ MAX_SHAPE = 64
 """Entries of a constant that may be a shape or a list of axes."""
 
 Step = tuple[str, Any]
-"""("transpose", permutation), ("reshape", shape) or ("cast", element type)."""
+"""("transpose", permutation), ("reshape", shape), ("cast", element type) or ("part", (axis, from, to))."""
 
 
 def is_standard(node: onnx.NodeProto, *operators: str) -> bool:
@@ -128,7 +128,7 @@ class Source:
 
     name, tensor: what is stored. steps: what happens to it on the way. shape, element: of what arrives.
     axes: the axes of the stored tensor that each axis is made of, those of length one left out; None where a Reshape
-        cuts one up. obstacle: reason code why nothing may be written in its place, or None.
+        cuts one up, or comes behind a part. obstacle: reason code why nothing may be written in its place, or None.
     """
 
     name: str
@@ -144,6 +144,11 @@ class Source:
         shape = tuple(tensor.dims)
         axes = tuple((axis,) if size != 1 else () for axis, size in enumerate(shape))
         return cls(name, tensor, shape, tensor.data_type, axes, obstacle=obstacle)
+
+    @property
+    def parts(self) -> tuple[Step, ...]:
+        """How it is cut out of what is stored; nothing where all of that arrives."""
+        return tuple(step for step in self.steps if step[0] == "part")
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -165,6 +170,9 @@ class Source:
                 array = array.transpose(what)
             elif kind == "reshape":
                 array = array.reshape(what)
+            elif kind == "part":
+                axis, start, stop = what
+                array = array[(slice(None),) * axis + (slice(start, stop),)]
         return array
 
     def array(self, read: TensorReader) -> NDArray[Any]:
@@ -191,7 +199,7 @@ class Source:
 
     def _regrouped(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...] | None:
         """Axes of the stored tensor that make up each axis of `shape`; None where one would have to be cut up."""
-        if self.axes is None or 0 in shape:
+        if self.axes is None or 0 in shape or self.parts:
             return None
         parts = [axis for axes in self.axes for axis in axes]
         made = []
@@ -203,6 +211,10 @@ class Source:
                 return None
             made.append(tuple(taken))
         return tuple(made)
+
+    def part(self, axis: int, start: int, stop: int) -> Source:
+        shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
+        return replace(self, shape=shape, steps=(*self.steps, ("part", (axis, start, stop))))
 
     def cast(self, element: int) -> Source | None:
         if element not in FLOATS | WHOLE:
@@ -231,9 +243,13 @@ class Constants:
         found = cls(read, stored)
         for node in nodes:
             tensor = constant_tensor(node)
-            made = found._made(node) if tensor is None else Source.of(node.output[0], tensor)
-            if made is not None and len(made.steps) <= MAX_STEPS:
-                found.sources[node.output[0]] = made
+            if is_standard(node, "Split"):
+                made: Sequence[Source | None] = found._split(node)
+            else:
+                made = [found._made(node) if tensor is None else Source.of(node.output[0], tensor)]
+            for name, source in zip(node.output, made, strict=False):
+                if source is not None and len(source.steps) <= MAX_STEPS:
+                    found.sources[name] = source
         return found
 
     def resolve(self, tensor: str) -> Source | None:
@@ -261,6 +277,17 @@ class Constants:
             return source.transposed(attribute(node, "perm", list(range(len(source.shape)))[::-1]))
         shape = self._shape(node, source.shape)
         return self._scaled(node) if shape is None else source.reshaped(shape)
+
+    def _split(self, node: onnx.NodeProto) -> Sequence[Source]:
+        """The parts of a constant, where it is told how large they are."""
+        source, sizes = self.sources.get(node.input[0]), self._list(node, "split")
+        if source is None or sizes is None or not source.shape or min(sizes, default=-1) < 0:
+            return []
+        axis = int(attribute(node, "axis", 0)) % len(source.shape)
+        if (sum(sizes), len(sizes)) != (source.shape[axis], len(node.output)):
+            return []
+        ends = np.cumsum(sizes).tolist()
+        return [source.part(axis, end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
     def _quantized(self, node: onnx.NodeProto, source: Source) -> Source:
         scale = self.sources.get(node.input[1])

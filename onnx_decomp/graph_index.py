@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -15,23 +15,33 @@ from numpy.typing import NDArray
 from onnx_decomp import guards
 from onnx_decomp.errors import InputError
 from onnx_decomp.functions import FunctionKey, Inlined, inlined
+from onnx_decomp.fused_attention import DOMAIN, MultiHead
 from onnx_decomp.graph import (
     Constants,
     Source,
     TensorReader,
     all_names,
     constant_tensor,
+    is_standard,
     mentions,
     nested_graphs,
     outer_reads,
 )
-from onnx_decomp.normal_form import normal_form
+from onnx_decomp.model_io import opset
+from onnx_decomp.normal_form import matrix, normal_form
 
 SMALL = 1024
 """Entries of a tensor that shape inference may want to see."""
 
 INFERENCE = 2**30
 """Bytes of memory that shape inference may take: it sees no weights, and computes what shapes are made of."""
+
+AS_INPUT: Mapping[str, Sequence[int]] = {
+    "SkipLayerNormalization": (0, 3),
+    "SkipSimplifiedLayerNormalization": (0, 3),
+    **dict.fromkeys(("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "RotaryEmbedding"), (0,)),
+}
+"""Operators of com.microsoft, and which of their outputs have the type and the shape of the first input."""
 
 INITIALIZERS_APART = 4
 """IR version from which initializers need not be listed among the inputs; those that are may be overridden."""
@@ -90,7 +100,7 @@ class GraphIndex:
         index.nodes, index.origins = index.operators.nodes, range(len(index.operators.nodes))
         index.constants = Constants.of(index.nodes, index._initializers(), read)
         index._read_shapes()
-        normal = normal_form(index.nodes, index.constants, taken, index.shapes.get)
+        normal = normal_form(index.nodes, index.constants, taken, index.shapes.get, opset(proto))
         if any(len(group) > 1 for group in normal):
             index.nodes = [node for group in normal for node in group]
             index.origins = [at for at, group in enumerate(normal) for _ in group]
@@ -119,8 +129,7 @@ class GraphIndex:
             if name == source.name and source.obstacle != "overridable"
         }
         for position, node in enumerate(self.nodes):
-            for name in node.output:
-                self.producer[name] = position
+            self.producer |= {name: position for name in node.output if name}
             for name in node.input:
                 if name:
                     self.consumers[name].append(position)
@@ -152,6 +161,10 @@ class GraphIndex:
                     dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else None
                     for dim in tensor.shape.dim
                 )
+        for node in self.nodes:
+            found = MultiHead.of(node)
+            if found is not None and found.mask:  # inference does not know it
+                self.element_types.setdefault(found.mask, onnx.TensorProto.INT32)
         for name, source in self.constants.sources.items():
             if source.obstacle is None:
                 self.shapes[name], self.element_types[name] = source.shape, source.element
@@ -173,7 +186,7 @@ class GraphIndex:
                 skeleton.graph.initializer[-1].name = name
             else:
                 large[name] = tensor
-        for node in self.nodes:
+        for node in self._nodes_to_infer():
             held = constant_tensor(node)
             if held is None or prod(held.dims) <= SMALL:
                 skeleton.graph.node.append(node)
@@ -188,6 +201,25 @@ class GraphIndex:
         skeleton.graph.value_info.extend(graph.value_info)
         skeleton.graph.sparse_initializer.extend(graph.sparse_initializer)
         return skeleton
+
+    def _nodes_to_infer(self) -> Iterator[onnx.NodeProto]:
+        """The nodes; in place of one that inference does not know an Identity, where its output is as its input is."""
+        widths: dict[str, int] = {}
+        for node in self.nodes:
+            found = MultiHead.of(node)
+            if is_standard(node, "MatMul") and len(node.input) == 2:
+                sides = matrix(self.resolve(node.input[1]))
+                widths[node.output[0]] = 0 if sides is None else sides[1]
+            elif is_standard(node, "Add"):
+                widths[node.output[0]] = max(widths.get(name, 0) for name in node.input)
+            same = [at for at in AS_INPUT.get(node.op_type, ()) if node.domain == DOMAIN]
+            if found is not None and (width := widths.get(found.operands[0], 0)):
+                same = [0] if width == widths.get(found.operands[2]) else []
+            if not same:
+                yield node
+            for at in same:
+                if at < len(node.output) and node.output[at]:
+                    yield onnx.helper.make_node("Identity", node.input[:1], [node.output[at]])
 
     def node(self, position: int) -> onnx.NodeProto:
         return self.nodes[position]
@@ -244,7 +276,8 @@ class GraphIndex:
             position = self.producer.get(name)
             if position is None or name not in self.constants.sources or name in self.pinned_tensors:
                 continue
-            if gone.issuperset(self.consumers.get(name, [])):
+            made = self.nodes[position].output
+            if all(gone.issuperset(self.consumers.get(output, [])) for output in made):
                 found.add(position)
                 gone.add(position)
                 pending += self.nodes[position].input

@@ -1,12 +1,13 @@
 """Products in other forms, as the one form that everything above knows: y = x @ W, x first and its inputs last.
 
 A Gemm that transposes its input, a constant on the left, a Gemm whose C is no bias, a 1x1 convolution: each is a few
-plain operators, Transposes and an Add, around a plain product. They are written only if the product is.
+plain operators, Transposes and an Add, around a plain product. They are written only if the product is. So is an
+Attention of com.microsoft, as three products before a MultiHeadAttention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -15,9 +16,21 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_decomp.fused_attention import (
+    DOMAIN,
+    PARTS,
+    Makers,
+    MultiHead,
+    ShapeOf,
+    attention_obstacle,
+    given,
+    is_microsoft,
+    multi_head_inputs,
+    packed_widths,
+    passed_on,
+    unbiased,
+)
 from onnx_decomp.graph import Constants, Source, attribute, is_standard, unique
-
-ShapeOf = Callable[[str], tuple[int | None, ...] | None]
 
 MAX_POSITIONS = 1024
 """Positions of one sample up to which a 1x1 convolution is taken as a product: each is a row to fit and measure on."""
@@ -53,13 +66,16 @@ def is_pointwise(node: onnx.NodeProto, weight: Source) -> bool:
 
 
 def normal_form(
-    nodes: Sequence[onnx.NodeProto], constants: Constants, taken: set[str], shape_of: ShapeOf
+    nodes: Sequence[onnx.NodeProto], constants: Constants, taken: set[str], shape_of: ShapeOf, opset: int
 ) -> list[tuple[onnx.NodeProto, ...]]:
     """For each node what stands for it: itself, or several. taken: names in use, added to.
 
     shape_of: shape of a tensor as far as the graph tells.
     """
-    return [tuple(_Expansion(node, constants, taken, shape_of).made() or [node]) for node in nodes]
+    makers = {name: node for node in nodes for name in node.output}
+    return [
+        tuple(_Expansion(node, constants, taken, shape_of, makers, opset).made() or [node]) for node in nodes
+    ]
 
 
 @dataclass
@@ -70,11 +86,19 @@ class _Expansion:
     constants: Constants
     taken: set[str]
     shape_of: ShapeOf
+    makers: Makers
+    opset: int
     nodes: list[onnx.NodeProto] = field(default_factory=list)
 
     def made(self) -> list[onnx.NodeProto]:
         if is_standard(self.node, "Conv"):
             self._convolution()
+            return self.nodes
+        if is_microsoft(self.node, "Attention"):
+            self._attention()
+            return self.nodes
+        if is_microsoft(self.node, "MultiHeadAttention"):
+            self._multi_head()
             return self.nodes
         if not is_standard(self.node, "MatMul", "Gemm") or len(self.node.input) < 2:
             return []
@@ -120,6 +144,66 @@ class _Expansion:
             "Transpose", "Output", [product], self.node.output[0], perm=[0, rank - 1, *range(1, rank - 1)]
         )
 
+    def _attention(self) -> None:
+        """An Attention is three products, of columns of its weight, before a MultiHeadAttention."""
+        node, widths = self.node, packed_widths(self.node, self.constants)
+        obstacle = attention_obstacle(node, self.constants, self.shape_of, self.makers)
+        if widths is None or obstacle is not None or self.constants.resolve(node.input[1]) is None:
+            return
+        x, packed, bias = (*node.input, "")[:3]
+        weights = self._split(packed, widths, axis=1)
+        made = []
+        for part, weight in zip(PARTS, weights, strict=True):
+            made.append(self._product("MatMul", [x, weight], tag=f"{part}/MatMul"))
+        if bias:
+            made = self._added(made, bias, widths)
+        self._heads(multi_head_inputs(node, made), passed_on(node))
+
+    def _multi_head(self) -> None:
+        """The bias of a MultiHeadAttention is added to what the products before it make."""
+        node = self.node
+        plain, bias = MultiHead.of(unbiased(node)), self.constants.resolve(given(node, 3))
+        if plain is None or bias is None:
+            return
+        widths = [self._width(name) for name in plain.operands]
+        if min(widths) and bias.shape == (sum(widths),):
+            made = self._added(plain.operands, node.input[3], widths)
+            self._heads([*made, "", *node.input[4:]], node.attribute)
+
+    def _width(self, tensor: str) -> int:
+        """Columns of the constant matrix that makes a tensor, 0 where none does."""
+        maker = self.makers.get(tensor)
+        if maker is None or not is_standard(maker, "MatMul"):
+            return 0
+        sides = matrix(self.constants.resolve(maker.input[1]))
+        return 0 if sides is None else sides[1]
+
+    def _added(self, tensors: Sequence[str], bias: str, widths: Sequence[int]) -> list[str]:
+        parts = zip(PARTS, tensors, self._split(bias, widths, axis=0), strict=True)
+        return [self._add("Add", f"{part}/Add", [tensor, added]) for part, tensor, added in parts]
+
+    def _split(self, constant: str, widths: Sequence[int], axis: int) -> list[str]:
+        """The parts of a constant that make queries, keys and values."""
+        made = [unique(f"{constant}.{part}", self.taken) for part in PARTS]
+        name = unique(f"{self.node.name or self.node.op_type}/decomp/Split", self.taken)
+        split = onnx.helper.make_node("Split", [constant], made, name, axis=axis)
+        if self.opset < 13:
+            split.attribute.append(onnx.helper.make_attribute("split", widths))
+        else:
+            value = onnx.numpy_helper.from_array(np.array(widths, np.int64))
+            split.input.append(self._add("Constant", "Widths", [], value=value))
+        self.nodes.append(split)
+        return made
+
+    def _heads(self, inputs: Sequence[str], attributes: Iterable[onnx.AttributeProto]) -> None:
+        node = self.node
+        name = unique(f"{node.name or node.op_type}/decomp/MultiHeadAttention", self.taken)
+        made = onnx.helper.make_node("MultiHeadAttention", inputs, node.output[:1], name, domain=DOMAIN)
+        made.attribute.extend(attributes)
+        made.metadata_props.extend(node.metadata_props)
+        made.doc_string = node.doc_string
+        self.nodes.append(made)
+
     def _gemm(self, left: bool) -> None:
         """y = alpha A' B' + beta C. With the constant on the left: y = (alpha B'^T A'^T)^T + beta C."""
         node = self.node
@@ -140,7 +224,7 @@ class _Expansion:
         if turn_x:
             x = self._add("Transpose", "Input", [x], perm=[1, 0])
         operands = [x, weight, c] if folded and c else [x, weight]
-        scales = {name: float(attribute(node, name, 1.0)) for name in ("alpha", "beta")}
+        scales: dict[str, Any] = {n: float(attribute(node, n, 1.0)) for n in ("alpha", "beta")}
         output = node.output[0]
         own = None if left or apart else output
         product = self._product("Gemm", operands, own, transB=int(turn_weight), **scales)
@@ -157,10 +241,10 @@ class _Expansion:
         return self._add("Mul", "Scaled", [c, self._add("Constant", "Beta", [], value=value)])
 
     def _product(
-        self, op: str, operands: Sequence[str], output: str | None = None, **attributes: float
+        self, op: str, operands: Sequence[str], output: str | None = None, tag: str = "", **attributes: Any
     ) -> str:
         """The product itself keeps what its exporter noted about it."""
-        made = self._add(op, op, operands, output, **attributes)
+        made = self._add(op, tag or op, operands, output, **attributes)
         self.nodes[-1].metadata_props.extend(self.node.metadata_props)
         self.nodes[-1].doc_string = self.node.doc_string
         return made

@@ -146,6 +146,12 @@ def summary(report: Report) -> list[str]:
     return lines
 
 
+def called(site: Report) -> tuple[str, ...]:
+    """Names that a site goes by: of its node, of a node that holds several with it, and of its weight."""
+    whole = (site["node"].rpartition("/")[0],) if site["op"] == "Attention" else ()
+    return site["node"], *whole, site["weight"]
+
+
 def describe_site(site: Mapping[str, Any]) -> list[str]:
     """All that a report says of one site, a fact a line."""
     form = f" as {_form(site)}" if site["form"] else ""

@@ -44,6 +44,9 @@ Span = TypeVar("Span", Structure, Segment)
 REASONS: Mapping[str, str] = {
     "already-compiled": "the model is already decomposed; --force compiles it again",
     "applied": "verified and kept",
+    "attention-cache": "it keeps keys and values of earlier steps; compile the model as it was before that fusion",
+    "attention-mask": "its mask is of an unknown layout, or of one that only it takes; give it as [batch, keys]",
+    "attention-rotary": "it turns queries and keys by position; compile the model as it was before that fusion",
     "banned": "a gate undid this region in an earlier round",
     "cannot-verify": "the model can't be run here, so no change to it could be checked",
     "convolution": "a 1x1 convolution over more positions (1024) than are looked at, or over an unknown number",
@@ -305,9 +308,13 @@ def _inner_sites(program: Program, where: str, own: Mapping[int, Report]) -> lis
     for entry in entries:
         entry["graph"] = where if entry["graph"] == "main" else f"{where}/{entry['graph']}"
         entry["region"] = entry["region"] and f"{where}/{entry['region']}"
-    known = Counter((entry["graph"], entry["op"], entry["shape"]) for entry in entries)
+
+    def told(graph: str, op: str, shape: tuple[int, int]) -> tuple[object, ...]:
+        return graph, op, shape if op != "Attention" else "three in one"
+
+    known = Counter(told(entry["graph"], entry["op"], entry["shape"]) for entry in entries)
     for site in program.sites:
-        product = site.graph, site.op, site.shape
+        product = told(site.graph, site.op, site.shape)
         if body_of(program, site) != where:
             continue
         if known[product]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import ChainMap, defaultdict
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from onnx_decomp.errors import InputError
 from onnx_decomp.functions import MAX_DEPTH, functions_of
+from onnx_decomp.fused_attention import DOMAIN, PARTS, attention_obstacle, is_microsoft
 from onnx_decomp.graph import DEFAULT, FLOATS, Constants, Source, attribute, bodies, is_standard
 from onnx_decomp.graph_index import GraphIndex
 from onnx_decomp.model_io import opset
@@ -66,6 +68,8 @@ class Site:
     bias: str | None = None
     rank: int | None = None
     """Rank of x where the graph tells."""
+    part: str = ""
+    """What the product makes where the node of the model makes several at once: query, key or value."""
     moved: int = 0
     """Elements that Transposes around the product move for each row, once it is written in normal form."""
     obstacle: str | None = None
@@ -74,7 +78,23 @@ class Site:
     @property
     def name(self) -> str:
         """How messages and reports call it: the node's name, or its weight's where the node has none."""
-        return self.node or self.weight
+        name = self.node or self.weight
+        return f"{name}/{self.part}" if self.part else name
+
+    @property
+    def matrix(self) -> tuple[object, ...]:
+        """What tells its matrix from any other: the stored tensor, and which part of it that is."""
+        return self.weight, *(() if self.source is None else self.source.parts)
+
+    @property
+    def packed(self) -> tuple[int, ...]:
+        """Shape of the stored tensor where the matrix is a part of it; nothing where it is all of it."""
+        return tuple(self.source.tensor.dims) if self.source is not None and self.source.parts else ()
+
+    @property
+    def stem(self) -> str:
+        """What names of new weights start with: the stored tensor's name, or that of the part of it."""
+        return f"{self.weight}.{self.part}" if self.part else self.weight
 
     @property
     def flops(self) -> int:
@@ -123,8 +143,8 @@ def find_sites(index: GraphIndex) -> list[Site]:
     for position, node in enumerate(index.nodes):
         site = _read_site(index, position, node)
         if site is None:
-            where = _graph(index, position)
-            site = _listed(node, index.constants, "weight-on-the-left", where, nodes=(position,))
+            where, reason = _graph(index, position), _reason(index, node)
+            site = _listed(node, index.constants, reason, where, nodes=(position,))
         found = [*([] if site is None else [site]), *inner.sites(node, index.constants)]
         sites += [replace(each, index=len(sites) + number) for number, each in enumerate(found)]
     return _mark_shared(index, sites)
@@ -162,6 +182,7 @@ def _read_site(index: GraphIndex, position: int, node: onnx.NodeProto) -> Site |
         beta=float(attribute(node, "beta", 1.0)) if node.op_type == "Gemm" else 1.0,
         bias=bias,
         rank=rank,
+        part=_part(index, position),
         moved=_moved(index, position, shape),
         obstacle=_obstacle(source, shape, rank) or _outdated(index),
     )
@@ -176,6 +197,14 @@ def _graph(index: GraphIndex, position: int) -> str:
 def path_of(node: onnx.NodeProto, attribute: str) -> str:
     """Where reports say that the body is that a node holds in an attribute."""
     return f"{node.op_type.lower()}:{node.name or node.output[0]}/{attribute.removesuffix('_branch')}"
+
+
+def _part(index: GraphIndex, position: int) -> str:
+    """What a product makes for the attention that it stands for a third of."""
+    if not is_microsoft(index.original(position), "Attention"):
+        return ""
+    products = [at for at in index.siblings(position) if is_standard(index.node(at), "MatMul")]
+    return PARTS[products.index(position)]
 
 
 def _moved(index: GraphIndex, position: int, shape: tuple[int, int]) -> int:
@@ -252,13 +281,20 @@ def _mark_shared(index: GraphIndex, sites: list[Site]) -> list[Site]:
 
     def use(site: Site) -> tuple[object, ...]:
         sides = None if site.source is None else _sides(site.source, site.turned)
-        return site.obstacle, site.shape, sides, site.dtype, site.transposed, site.alpha
+        return site.matrix, site.shape, sides, site.dtype, site.transposed, site.alpha
 
     def alone(weight: str) -> bool:
-        """All uses are alike, and nothing else reads it: a table of embeddings, say."""
+        """All uses of a matrix are alike, and nothing else reads it: a table of embeddings, say.
+
+        Of several parts, none is read twice, so that they take no more room than what is stored.
+        """
         found = uses[weight]
         readers = {position for site in found for position in site.nodes}
-        return len({use(site) for site in found}) == 1 and not _read_elsewhere(index, weight, readers)
+        matrices = {site.matrix: site for site in found}
+        alike = len({use(site) for site in found}) == len(matrices)
+        same = len({site.obstacle for site in found}) == 1
+        apart = len(matrices) == 1 or sum(prod(s.shape) for s in matrices.values()) <= prod(found[0].packed)
+        return alike and same and apart and not _read_elsewhere(index, weight, readers)
 
     shared = {weight for weight in uses if not alone(weight)}
     return [
@@ -294,7 +330,6 @@ _WEIGHT_INPUTS = {
     "MatMulBnb4": (1, "quantized"),
     "QGemm": (3, "quantized"),
     "QAttention": (1, "quantized"),
-    "Attention": (1, "fused-attention"),
     "PackedAttention": (1, "fused-attention"),
     "LongformerAttention": (1, "fused-attention"),
     "FusedMatMul": (1, "fused-operator"),
@@ -304,6 +339,14 @@ _WEIGHT_INPUTS = {
 """Which input of an operator is the weight, and why the operator stays as it is."""
 
 
+def _reason(index: GraphIndex, node: onnx.NodeProto) -> str:
+    """Why a product of the main graph that is no site stays."""
+    if not is_microsoft(node, "Attention"):
+        return "weight-on-the-left"
+    makers = {name: index.node(position) for name, position in index.producer.items()}
+    return attention_obstacle(node, index.constants, index.shapes.get, makers) or "fused-attention"
+
+
 def _listed(
     node: onnx.NodeProto,
     constants: Constants,
@@ -311,18 +354,21 @@ def _listed(
     graph: str = "main",
     nodes: tuple[int, ...] = (),
 ) -> Site | None:
-    """A use of a constant matrix that can't be rewritten; None for anything else. reason: why plain products stay."""
+    """A use of a constant matrix that can't be rewritten; None for anything else.
+
+    reason: why products that could be rewritten elsewhere stay.
+    """
     at, why = _WEIGHT_INPUTS.get(node.op_type, (1, reason))
     if is_standard(node, "MatMul", "Gemm"):
         sides = [name in constants.sources for name in node.input[:2]]
         if sides.count(True) != 1:
             return None
         at = sides.index(True)
-    elif node.op_type not in _WEIGHT_INPUTS or node.domain not in (*DEFAULT, "com.microsoft"):
+    elif is_microsoft(node, "Attention"):
+        at = 1  # the standard one has no weights
+    elif node.op_type not in _WEIGHT_INPUTS or node.domain not in (*DEFAULT, DOMAIN):
         return None
-    elif node.op_type == "Attention" and node.domain in DEFAULT:
-        return None  # the standard one has no weights
-    source = constants.sources.get(node.input[at]) if len(node.input) > at else None
+    source = constants.sources.get(node.input[at]) if len(node.input) > at and node.output else None
     shape = None if source is None else _listed_shape(node, source, at)
     if source is None or shape is None:
         return None

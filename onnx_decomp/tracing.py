@@ -22,6 +22,7 @@ import onnx
 from numpy.typing import NDArray
 from scipy.sparse import coo_array, csgraph
 
+from onnx_decomp.fused_attention import DOMAIN, MultiHead
 from onnx_decomp.graph import DEFAULT, attribute, nested_graphs, outer_reads
 from onnx_decomp.graph_index import GraphIndex
 
@@ -41,6 +42,7 @@ MICROSOFT = frozenset({"Gelu", "FastGelu", "QuickGelu", "BiasGelu"})
 """The same in the domain com.microsoft."""
 LONGEST = 2**24
 """An axis with more positions than this has no units: it is no layer's, and a table of them would not fit in memory."""
+SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
 REDUCTIONS = frozenset(
     f"Reduce{kind}"
@@ -187,8 +189,9 @@ class Tracer:
         self, node: onnx.NodeProto
     ) -> Callable[[int, onnx.NodeProto], dict[str, Axes] | None] | None:
         domain, op = node.domain, node.op_type
-        if domain == "com.microsoft":
-            return self._elementwise if op in MICROSOFT else None
+        if domain == DOMAIN:
+            special = {"MultiHeadAttention": self._multi_head, **dict.fromkeys(SKIP_NORMS, self._skip_norm)}
+            return self._elementwise if op in MICROSOFT else special.get(op)
         if domain not in DEFAULT:
             return None
         if op in ELEMENTWISE:
@@ -301,6 +304,39 @@ class Tracer:
         result = self.broadcast([x, *parameters])
         statistics = {name: Axes({}, None) for name in node.output[1:] if name}
         return {node.output[0]: result, **statistics}
+
+    def _skip_norm(self, position: int, node: onnx.NodeProto) -> dict[str, Axes] | None:
+        """A norm of a sum, which it hands on too, as its fourth output."""
+        made = self._norm(position, node)
+        if made is not None and len(node.output) > 3 and node.output[3]:
+            made[node.output[3]] = made[node.output[0]]
+        return made
+
+    def _multi_head(self, position: int, node: onnx.NodeProto) -> dict[str, Axes] | None:
+        """The columns of one head meet no others; what is added to scores may have values for each head."""
+        found = MultiHead.of(node)
+        if found is None:
+            return None
+        operands = [self.axes_of(name) for name in found.operands]
+        columns = [elements for axes in operands if (elements := axes.at(-1)[0]) is not None]
+        whole = len(columns) == 3 and not any(len(elements) % found.heads for elements in columns)
+        if not whole or len(columns[0]) != len(columns[1]) or any(axes.rank == 4 for axes in operands):
+            return None
+        self.copyable.add(position)
+        heads = self.fresh(found.heads)
+        for elements in columns:
+            self.tie(np.repeat(heads, len(elements) // found.heads), elements)
+        added = self.axes_of(found.added) if found.added else Axes({}, 0)
+        own, unknown = added.at(-3)
+        if own is not None:
+            self.tie(heads, own)
+        elif unknown:
+            self.pins.append((heads, "unknown"))
+        mask = self.axes_of(found.mask) if found.mask else Axes({}, 0)
+        for axes in (*(_without(axes, (-1,)) for axes in operands), _without(added, (-3,)), mask):
+            self.pin(axes, f"operator:{node.op_type}")
+        rows = _without(operands[0], (-1,)).known if operands[0].rank else dict.fromkeys((-2, -3))
+        return {node.output[0]: Axes({**rows, -1: columns[2]}, 3)}
 
     def _batch_norm(self, position: int, node: onnx.NodeProto) -> dict[str, Axes] | None:
         x = self.axes_of(node.input[0])

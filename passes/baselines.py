@@ -68,11 +68,11 @@ def best_units(scores: Mapping[int, Array], share: float, multiple: int) -> dict
 
 def uniform_ranks(region: Region, share: float, multiple: int) -> dict[int, tuple[int, ...]]:
     """Rank of each site whose two products take the same share of its multiplications."""
-    weights = [site.weight for site in region.sites]
+    matrices = [site.matrix for site in region.sites]
     found: dict[int, tuple[int, ...]] = {}
     for at, site in enumerate(region.sites):
         k, n = site.shape
-        if weights.count(site.weight) == 1 and min(k, n) >= SMALL and share < 1:
+        if matrices.count(site.matrix) == 1 and min(k, n) >= SMALL and share < 1:
             found[at] = (_rounded(share * k * n / (k + n), min(k, n), multiple),)
     return found
 

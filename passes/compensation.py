@@ -262,7 +262,7 @@ def refit_run(
     for position, site in enumerate(region.sites):
         if position in fitted:
             continue
-        uses = [at for at, other in enumerate(region.sites) if other.weight == site.weight]
+        uses = [at for at, other in enumerate(region.sites) if other.matrix == site.matrix]
         for at, one in fitter.fit(uses, placed, remember).items():
             fitted[at] = one
             placed[region.sites[at].index] = one.fed

@@ -186,13 +186,17 @@ def _counts(labels: Labels, kept: NDArray[np.bool_], blocks: int) -> NDArray[np.
 def rank_knobs(standing: Standing, multiple: int) -> list[Knob]:
     """A knob for the rank of each site whose weight is its own."""
     region = standing.region
-    weights = [site.weight for site in region.sites]
+    matrices = [site.matrix for site in region.sites]
     spans = partition(region, standing.segments)
     found = []
     for at, site in enumerate(region.sites):
         sizes = block_sizes(region, standing.segment(at), at)
         corrected = at in standing.corrections
-        if weights.count(site.weight) == 1 and not corrected and min(min(size) for size in sizes) >= SMALLEST:
+        if (
+            matrices.count(site.matrix) == 1
+            and not corrected
+            and min(min(size) for size in sizes) >= SMALLEST
+        ):
             found.append(_rank_knob(standing, at, spans[at], multiple))
     return [knob for knob in found if len(knob.harm) > 1]
 

@@ -99,12 +99,12 @@ def correctable(structures: Sequence[Structure]) -> bool:
 
 def generous_corrections(region: Region, structures: Sequence[Structure]) -> dict[int, int]:
     """Ranks of corrections beside blocks, by position of a site: what the search starts from, and lowers."""
-    weights = [site.weight for site in region.sites]
+    matrices = [site.matrix for site in region.sites]
     return {
         at: max(int(GENEROUS * math.prod(region.sites[at].shape) / sum(region.sites[at].shape)), 1)
         for structure in structures
         for at in structure.sites
-        if weights.count(weights[at]) == 1
+        if matrices.count(matrices[at]) == 1
     }
 
 

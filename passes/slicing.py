@@ -115,7 +115,7 @@ def sliceable(region: Region) -> bool:
         and hidden == region.elastic
         and bool(hidden)
         and not region.constants
-        and len({site.weight for site in region.sites}) == len(region.sites)
+        and len({site.matrix for site in region.sites}) == len(region.sites)
         and not {region.group_of[name] for name in region.entries}
         & {region.group_of[name] for name in region.exits}
     )

@@ -145,7 +145,7 @@ class Overlapping:
             and not region.constants
             and set(region.groups) - border == region.elastic
             and region.group_of[region.entries[0]] not in {written for _, written in region.ends}
-            and len({site.weight for site in region.sites}) == len(region.sites)
+            and len({site.matrix for site in region.sites}) == len(region.sites)
             and all(
                 len(units) == region.groups[group].size
                 for ends, own in zip(region.ends, region.units, strict=True)

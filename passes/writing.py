@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnx_decomp.fused_attention import MultiHead
 from onnx_decomp.graph_index import GraphIndex
 from onnx_decomp.passes.folding import (
     Crossing,
@@ -156,6 +157,9 @@ class Writer:
         outputs = [name for name in node.output if name]
         if node.op_type == "Reshape":
             inputs = [inputs[0], self._new_shape(node, stem, positions)]
+        several = MultiHead.of(node)
+        if several is not None:
+            attributes |= self._fewer_heads(several, attributes, positions)
         if node.op_type == "Split":
             inputs, attributes = self._new_sizes(node, stem, positions, inputs, attributes)
         made = self.fragment.apply(
@@ -168,6 +172,15 @@ class Writer:
             **attributes,
         )
         return dict(zip(outputs, made, strict=True))
+
+    def _fewer_heads(
+        self, several: MultiHead, attributes: Mapping[str, Any], positions: Callable[[str], NDArray[Any]]
+    ) -> dict[str, Any]:
+        """Scores are scaled as they were, however narrow heads are now."""
+        units = self.rewrite.region.carriers[several.operands[0]].units
+        heads = len(np.unique(units[positions(several.operands[0])]))
+        scale = attributes.get("scale") or (several.heads / len(units)) ** 0.5
+        return {"num_heads": heads, "scale": float(scale)}
 
     def _new_shape(self, node: onnx.NodeProto, stem: str, positions: Callable[[str], NDArray[Any]]) -> Value:
         found = self.index.constant(node.input[1])
@@ -272,7 +285,7 @@ class Writer:
         site = self.rewrite.region.sites[at]
         joined = self._joined(site.input)
         down, up = factors(self.rewrite.corrections[at][self.layout.stored(site.input)], rank)
-        name = f"{site.weight}.decomp.beside"
+        name = f"{site.stem}.decomp.beside"
         side = self.fragment.stored(f"{name}.down", down, site)
         return self.fragment.one("MatMul", f"{site.name}/decomp/beside/Down", [joined, side]), up, name
 
@@ -421,7 +434,7 @@ class Branches:
         site, affine = writer.rewrite.region.sites[at], writer.rewrite.affine[at]
         rows, columns = writer.cells(at, self.segment, block)
         tag = f"block_{block:02d}"
-        stem, name = f"{site.name}/decomp/{tag}", f"{site.weight}.decomp.{tag}"
+        stem, name = f"{site.name}/decomp/{tag}", f"{site.stem}.decomp.{tag}"
         kept = affine.weight[np.ix_(rows, columns)]
         rank = block_rank(self.segment, at, block, len(rows), len(columns))
         if rank is not None:
@@ -432,7 +445,7 @@ class Branches:
         if affine.bias is None:
             return make.one("MatMul", f"{stem}/MatMul", [value, weight], into=into)
         bias = make.weight(
-            f"{site.bias or site.weight + '.bias'}.decomp.{tag}", affine.bias[columns], site.dtype
+            f"{site.bias or site.stem + '.bias'}.decomp.{tag}", affine.bias[columns], site.dtype
         )
         if self._matrix or site.rank == 2:
             return make.one("Gemm", f"{stem}/Gemm", [value, weight, bias], into=into)
@@ -491,7 +504,7 @@ class Batched:
         value = make.one("Reshape", f"{stem}/Joined", [value, joined])
         blocks = self.writer.layout.blocks(tensor, self.segment)
         order = np.concatenate([blocks[block] for block in crossing.sequence])
-        bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp", affine.bias[order], site.dtype)
+        bias = make.weight(f"{site.bias or site.stem + '.bias'}.decomp", affine.bias[order], site.dtype)
         return make.one("Add", f"{stem}/Add", [value, bias], into=into)
 
     def _resequenced(self, value: Value, have: Sequence[int], want: Sequence[int], stem: str) -> Value:
@@ -516,7 +529,7 @@ class Batched:
         site, affine = writer.rewrite.region.sites[at], writer.rewrite.affine[at]
         cells = [writer.cells(at, self.segment, block) for block in range(self.segment.blocks)]
         stack = np.stack([affine.weight[np.ix_(rows, columns)] for rows, columns in cells])
-        weight = make.stored(f"{site.weight}.decomp.blocks", stack, site)
+        weight = make.stored(f"{site.stem}.decomp.blocks", stack, site)
         name = f"{site.name}/decomp/blocks"
         value = make.one("MatMul", f"{name}/MatMul", [value, weight])
         beside = writer.correction(at, self.segment)
@@ -529,7 +542,7 @@ class Batched:
         if affine.bias is None or self._late(site.output) is not None:
             return value
         rows_of_bias = np.stack([affine.bias[columns] for _, columns in cells])[:, None, :]
-        bias = make.weight(f"{site.bias or site.weight + '.bias'}.decomp.blocks", rows_of_bias, site.dtype)
+        bias = make.weight(f"{site.bias or site.stem + '.bias'}.decomp.blocks", rows_of_bias, site.dtype)
         return make.one("Add", f"{name}/Add", [value, bias])
 
     def link(self, node: onnx.NodeProto, lanes: Callable[[str], Value], into: str | None) -> dict[str, Value]:

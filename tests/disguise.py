@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from onnx_decomp.graph_index import GraphIndex
+
+FUSED = ("Attention", "MultiHeadAttention")
+"""Operators of com.microsoft that a whole attention may be."""
 
 DISGUISES = ("none", "Cast", "ones", "Transpose", "left", "transA")
 
@@ -116,3 +120,78 @@ def _product(node: onnx.NodeProto, kind: str, rank: int | None) -> list[onnx.Nod
             make("Transpose", [f"{y}.turned"], y, perm=swap),
         ]
     return [helper.make_node("MatMul", [x, f"{weight}.made"], [y], node.name)]
+
+
+def fused(model: onnx.ModelProto, op: str) -> onnx.ModelProto:
+    """A transformer of `models.networks` with each attention in one operator of com.microsoft, norms with their sums.
+
+    op: Attention, which holds the weights of queries, keys and values, or MultiHeadAttention behind three products.
+    """
+    index = GraphIndex.build(model, numpy_helper.to_array)
+    split = index.constant("attention.split")
+    assert split is not None
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    by_name = {node.name: node for node in model.graph.node}
+    del made.graph.node[:]
+    for node in model.graph.node:
+        place, inside, step = node.name.partition(".attention.")
+        product = op != "Attention" and step.endswith(("/Transpose", "/MatMul", "/Add"))
+        if (
+            not inside
+            or step.startswith("output")
+            or (product and step.startswith(("query", "key", "value")))
+        ):
+            made.graph.node.append(node)
+        elif step == "mixed/Reshape":
+            name, parts = f"{place}.attention", ("query", "key", "value")
+            inputs = [by_name[f"{name}.{part}/Reshape"].input[0] for part in parts]
+            if op == "Attention":
+                inputs = [by_name[f"{name}.query/MatMul"].input[0], f"{name}.weight", f"{name}.bias"]
+                for kind, axis in (("weight", 1), ("bias", 0)):
+                    arrays = [_array(index, by_name, f"{name}.{part}", kind) for part in parts]
+                    packed = numpy_helper.from_array(np.concatenate(arrays, axis), f"{name}.{kind}")
+                    made.graph.initializer.append(packed)
+            causal = int(f"{name}.scores/Add" in by_name)
+            more = {"num_heads": int(split[2]), "unidirectional": causal, "domain": "com.microsoft"}
+            made.graph.node.append(helper.make_node(op, inputs, list(node.output), name, **more))
+    _fuse_norms(made)
+    read = {name for node in made.graph.node for name in node.input}
+    kept = [
+        numpy_helper.from_array(numpy_helper.to_array(t), t.name)
+        for t in made.graph.initializer
+        if t.name in read
+    ]
+    del made.graph.initializer[:]
+    made.graph.initializer.extend(kept)
+    return made
+
+
+def _fuse_norms(model: onnx.ModelProto) -> None:
+    """A sum and the norm of it in one operator, which hands both on."""
+    norms = {node.input[0]: node for node in model.graph.node if node.op_type == "LayerNormalization"}
+    stored = {tensor.name for tensor in model.graph.initializer}
+    nodes = list[onnx.NodeProto]()
+    for node in model.graph.node:
+        norm = norms.get(node.output[0])
+        if node.op_type == "Add" and norm is not None and stored.isdisjoint(node.input):
+            inputs, outputs = [*node.input, *norm.input[1:]], [norm.output[0], "", "", node.output[0]]
+            more = {"domain": "com.microsoft", "epsilon": norm.attribute[-1].f}
+            nodes.append(helper.make_node("SkipLayerNormalization", inputs, outputs, norm.name, **more))
+            del norms[node.output[0]]
+        elif node.op_type != "LayerNormalization" or node.input[0] in norms:
+            nodes.append(node)
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+
+
+def _array(
+    index: GraphIndex, by_name: Mapping[str, onnx.NodeProto], place: str, kind: str
+) -> np.ndarray[Any, Any]:
+    """The weight [K, N] or the bias [N] of a product; ONNX Runtime's own Attention does not run without a bias."""
+    weight = index.constant(by_name[f"{place}/MatMul"].input[1])
+    assert weight is not None
+    bias = index.constant(f"{place}.bias")
+    return weight if kind == "weight" else np.zeros(weight.shape[1], weight.dtype) if bias is None else bias

@@ -27,13 +27,15 @@ from onnx_decomp.probe import Probe
 from onnx_decomp.program import Rewrite, Structure
 from onnx_decomp.runtime import open_session
 from onnx_decomp.sites import GraphIndex, find_sites, read_affine
-from tests.disguise import disguised
+from tests.disguise import FUSED, disguised, fused
 from tests.test_golden import check
 from tests.test_whole_networks import true_structures
 
 Array = NDArray[Any]
 
 TOKENS, WIDTH, HEADS, SIZE = 6, 24, 3, 8
+
+FORMS_OF_NETWORKS = ("plain", "any", "old", *FUSED)
 
 
 @dataclass(frozen=True)
@@ -371,13 +373,17 @@ def test_narrower_heads_in_blocks(spec: Attention) -> None:
     assert [columns for _, columns in shapes] == [4, 8]
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 100_000), split=st.booleans(), disguise=st.sampled_from(["plain", "any", "old"]))
-def test_whole_transformers_with_narrower_heads(seed: int, split: bool, disguise: str) -> None:
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 100_000), split=st.booleans(), form=st.sampled_from(FORMS_OF_NETWORKS))
+def test_whole_transformers_with_narrower_heads(seed: int, split: bool, form: str) -> None:
     """Any transformer, products in any form, its regions in blocks or dense: written as the probe computes it."""
     rng = np.random.default_rng(seed)
     network = build(random_spec(rng, kind="transformer", off="untouched"))
-    model = disguised(network.model, rng, old=disguise == "old") if disguise != "plain" else network.model
+    model = network.model
+    if form in ("any", "old"):
+        model = disguised(model, rng, old=form == "old")
+    elif form != "plain":
+        model = fused(model, form)
     index = index_of(model)
     regions = find_regions(index, find_sites(index))
     structures = true_structures(replace(network, model=model), regions) if split else {}
@@ -390,13 +396,14 @@ def test_whole_transformers_with_narrower_heads(seed: int, split: bool, disguise
         narrow += len(widths)
         rewrites += [narrowed(index, region, widths, seed, found)] if widths or found else []
     written = emit(index, rewrites, network.spec.opset)
-    onnx.checker.check_model(written, full_check=True)
+    onnx.checker.check_model(written, full_check=form not in FUSED)
     feeds = calibration(network, 5, seed)
     sites = [site for region in regions for site in region.sites]
     placed = {s.index: a for each in rewrites for s, a in zip(each.region.sites, each.affine, strict=True)}
     expected = Probe(index, sites, None).run(feeds, placed)["y"].astype(np.float64)
     found_y = open_session(written).run(feeds)["y"]
-    assert np.linalg.norm(found_y - expected) <= 1e-5 * np.linalg.norm(expected)
+    noise = 1e-4 if form in FUSED else 1e-5  # of other kernels, and without norms it grows
+    assert np.linalg.norm(found_y - expected) <= noise * np.linalg.norm(expected)
     event(f"pairs made narrower: {min(narrow, 3)}")
 
 

@@ -98,7 +98,63 @@ STAY: dict[str, tuple[str, tuple[int, int], list[onnx.NodeProto], dict[str, Any]
         [node("Conv", "x w", "y")],
         {"w": np.ones((4, 6, 1, 1), np.float32)},
     ),
-    "Attention": ("fused-attention", (6, 12), [node("Attention", "x w b", "y", num_heads=2, **MS)], WIDE),
+    "PackedAttention": (
+        "fused-attention",
+        (6, 12),
+        [node("PackedAttention", "x w b offsets lengths", "y", num_heads=2, **MS)],
+        WIDE,
+    ),
+    "Attention over a cache": (
+        "attention-cache",
+        (6, 12),
+        [helper.make_node("Attention", ["x", "w", "b", "", "past"], ["y", "now"], num_heads=2, **MS)],
+        WIDE,
+    ),
+    "Attention that keeps what it made": (
+        "attention-cache",
+        (6, 12),
+        [helper.make_node("Attention", ["x", "w", "b"], ["y", "now"], num_heads=2, **MS)],
+        WIDE,
+    ),
+    "Attention with a rotary embedding": (
+        "attention-rotary",
+        (6, 12),
+        [node("Attention", "x w b", "y", num_heads=2, do_rotary=1, **MS)],
+        WIDE,
+    ),
+    "Attention of a kind to come": (
+        "fused-attention",
+        (6, 12),
+        [node("Attention", "x w b", "y", num_heads=2, softcap=1.0, **MS)],
+        WIDE,
+    ),
+    "Attention whose heads don't come out even": (
+        "fused-attention",
+        (6, 12),
+        [node("Attention", "x w b", "y", num_heads=3, **MS)],
+        WIDE,
+    ),
+    "Attention with a mask of any kind": (
+        "attention-mask",
+        (6, 12),
+        [node("Attention", "x w b computed", "y", num_heads=2, **MS)],
+        WIDE,
+    ),
+    **{
+        f"Attention with a mask {shape}": (
+            "attention-mask",
+            (6, 12),
+            [node("Attention", "x w b m", "y", num_heads=2, **MS)],
+            WIDE | {"m": np.ones(shape, np.int32)},
+        )
+        for shape in [(10,), (5, 1), (5, 1, 7, 7)]
+    },
+    "Attention with a quantized weight": (
+        "quantized",
+        (6, 12),
+        [node("DequantizeLinear", "w s", "d"), node("Attention", "x d b", "y", num_heads=2, **MS)],
+        WIDE | {"w": np.ones((6, 12), np.int8), "s": np.float32(0.1)},
+    ),
     "FusedMatMul": ("fused-operator", (6, 4), [node("FusedMatMul", "x w", "y", **MS)], FLOAT),
     "whole numbers": (
         "weight-type",

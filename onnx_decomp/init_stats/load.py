@@ -147,7 +147,7 @@ def _snapshot(
     alpha = 1.0 if entry.layout == "canonical" else site.alpha
     read_entry = partial(_matrix, entry, site)
     initial = _scaled(read_entry(), alpha)
-    as_stored = len(entry.shape) != 2
+    as_stored = len(entry.shape) != 2 or bool(site.packed)
     transposed = (
         False if as_stored else is_transposed(site, entry, step, initial, lambda: affine(site).weight)
     )
@@ -158,8 +158,8 @@ def _snapshot(
 
 
 def _matrix(entry: Entry, site: Site) -> NDArray[np.float32]:
-    """An entry as a matrix; one that has more axes is stored as the weight is."""
-    return entry.read() if len(entry.shape) == 2 else site.canonical(entry.read())
+    """An entry as a matrix; one that has more axes, or holds several, is stored as the weight is."""
+    return entry.read() if len(entry.shape) == 2 and not site.packed else site.canonical(entry.read())
 
 
 def _canonical(

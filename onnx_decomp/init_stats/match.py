@@ -33,10 +33,15 @@ class Weight:
     sites: tuple[Site, ...]
     names: Names
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of W, or of what is stored where that holds several."""
+        return self.sites[0].packed or self.sites[0].shape
+
     def fits(self, entry: Entry) -> bool:
         """The entry has the shape of W [K, N], of its transpose where its orientation is open, or of what is stored."""
         shape, source = self.sites[0].shape, self.sites[0].source
-        if len(entry.shape) != 2:
+        if len(entry.shape) != 2 or self.sites[0].packed:
             return source is not None and entry.shape == tuple(source.tensor.dims)
         return entry.shape == shape or (entry.layout != "canonical" and entry.shape == shape[::-1])
 
@@ -51,10 +56,9 @@ class Pairing:
 
 def group_sites(sites: Sequence[Site], scopes: Mapping[int, str]) -> list[Weight]:
     """Sites by stored tensor: all uses of a shared weight have the same initial value."""
-    groups: dict[tuple[str, str, tuple[int, int]], list[Site]] = defaultdict(list)
+    groups: dict[tuple[str, str, tuple[int, ...]], list[Site]] = defaultdict(list)
     for site in sites:
-        low, high = sorted(site.shape)
-        groups[site.weight, site.graph, (low, high)].append(site)
+        groups[site.weight, site.graph, tuple(sorted(site.packed or site.shape))].append(site)
     return [
         Weight(tuple(group), _merge([site_names(site, scopes.get(site.index)) for site in group]))
         for group in groups.values()
@@ -107,7 +111,7 @@ def _by_exact_name(
 def _wrong_shape(entry: Entry, weight: Weight) -> InputError:
     return InputError(
         f"{entry.file}: entry {entry.name!r} has shape {list(entry.shape)}, but the weight of"
-        f" {weight.sites[0].name!r} is {list(weight.sites[0].shape)}; give the snapshot of this very model"
+        f" {weight.sites[0].name!r} is {list(weight.shape)}; give the snapshot of this very model"
     )
 
 
@@ -177,7 +181,7 @@ def _by_shape(weights: Sequence[Weight], entries: Sequence[Entry], found: Pairin
         if position not in used and entry.is_matrix:
             free[tuple(sorted(entry.shape))].append(position)
     fitting = {
-        number: [n for n in free.get(tuple(sorted(weight.sites[0].shape)), []) if weight.fits(entries[n])]
+        number: [n for n in free.get(tuple(sorted(weight.shape)), []) if weight.fits(entries[n])]
         for number, weight in enumerate(weights)
         if number not in found.pairs
     }

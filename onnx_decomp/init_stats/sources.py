@@ -131,9 +131,14 @@ def _onnx(path: Path) -> list[Entry]:
     scopes = module_scopes(index, sites)
     entries: dict[str, Entry] = {}
     for site in sites:
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(index.stored[site.weight].data_type).name
+        stored = index.stored[site.weight]
+        layout: Layout = "unknown" if site.packed else "canonical"
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(stored.data_type).name
         names, load = site_names(site, scopes.get(site.index)), partial(_onnx_read, path, index, site)
-        entries.setdefault(site.weight, Entry(site.weight, names, site.shape, dtype, "canonical", load, path))
+        if site.packed:
+            load = partial(index.read, stored)
+        shape = site.packed or site.shape
+        entries.setdefault(site.weight, Entry(site.weight, names, shape, dtype, layout, load, path))
     return list(entries.values())
 
 

@@ -61,6 +61,7 @@ def make_seeds() -> dict[str, Seed]:
         "planted": Seed(planted.model, calibration(planted, 2 * SAMPLES), planted.snapshot),
         "mlp": Seed(mlp(), {"x": floats(SAMPLES, 6)}),
         "attention": Seed(_attention(floats), {"ids": rng.integers(0, 9, (SAMPLES, 4))}),
+        "fused": Seed(_fused(floats), {"x": floats(SAMPLES, 4, 8), "mask": np.ones((SAMPLES, 4), np.int32)}),
         "nested": Seed(_nested(floats), {"x": floats(SAMPLES, 4)}),
         "odd": Seed(_odd(floats), {"x": floats(SAMPLES, 4, 1, 1)}),
     }
@@ -97,6 +98,37 @@ def _attention(floats) -> onnx.ModelProto:  # type: ignore[no-untyped-def]
     ]
     ids = value("ids", ["N", 4], TensorProto.INT64)
     return model(nodes, [ids], [value("y", ["N", 4, 8])], weights, opset=18)
+
+
+def _fused(floats) -> onnx.ModelProto:  # type: ignore[no-untyped-def]
+    """Attention over packed weights, a norm of a sum, MultiHeadAttention with a bias, a constant that is cut up."""
+    weights = {
+        "qkv": floats(8, 24),
+        "b": floats(24),
+        "out": floats(8, 8),
+        "scale": floats(8),
+        "shift": floats(8),
+    }
+    weights |= {"three": floats(8, 24), "b3": floats(24), "sizes": np.array([8, 8, 8]), "out2": floats(8, 8)}
+    own = {"domain": "com.microsoft"}
+    nodes = [
+        make_node("Attention", ["x", "qkv", "b", "mask"], ["c"], name="first", num_heads=2, **own),
+        make_node("MatMul", ["c", "out"], ["o"], name="out"),
+        make_node("SkipLayerNormalization", ["x", "o", "scale", "shift"], ["n", "", "", "r"], "norm", **own),
+        make_node("Split", ["three", "sizes"], ["wq", "wk", "wv"], name="cut", axis=1),
+        *(make_node("MatMul", ["n", f"w{part}"], [part], name=part) for part in "qkv"),
+        make_node("MultiHeadAttention", ["q", "k", "v", "b3"], ["c2"], name="second", num_heads=2, **own),
+        make_node("MatMul", ["c2", "out2"], ["o2"], name="out2"),
+        make_node("Add", ["r", "o2"], ["y"], name="residual"),
+    ]
+    proto = model(
+        nodes,
+        [value("x", ["N", 4, 8]), value("mask", ["N", 4], TensorProto.INT32)],
+        [value("y", ["N", 4, 8])],
+        weights,
+    )
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return proto
 
 
 def _nested(floats) -> onnx.ModelProto:  # type: ignore[no-untyped-def]
