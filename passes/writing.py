@@ -27,6 +27,9 @@ from onnx_decomp.program import Rewrite, Segment
 from onnx_decomp.runtime import Device
 from onnx_decomp.sites import Site
 
+WITH_BIAS = {"BiasGelu": "Gelu", "FastGelu": "FastGelu"}
+"""Activations that may have a bias in them, and what does the same without one."""
+
 
 @dataclass
 class Writer:
@@ -562,6 +565,13 @@ class Batched:
             else self.writer._operand(name, "blocks", partial(self._positions, name), shape)
             for name in node.input
         ]
+        if node.op_type in WITH_BIAS and len(inputs) == 2:
+            # Its bias has to be a vector: that of lanes is added before.
+            stem = f"{node.name or node.op_type}/decomp/blocks"
+            inputs = [self.writer.fragment.one("Add", f"{stem}/Add", inputs)]
+            plain = onnx.NodeProto(op_type=WITH_BIAS[node.op_type], name=node.name, domain=node.domain)
+            plain.output.extend(node.output)
+            node = plain
         return self.writer._copy(node, inputs, "blocks", self._positions, into)
 
     def _positions(self, name: str) -> NDArray[Any]:

@@ -23,6 +23,7 @@ from onnx_decomp.axes import Region
 from onnx_decomp.passes.folding import compose
 from onnx_decomp.program import Form, Rewrite, Structure
 from onnx_decomp.runtime import Device, cuda_problem
+from onnx_decomp.sites import GraphIndex
 from tests.test_end_to_end import check_outcome, planted_job
 from tests.test_splitting import check_equal, index_of, only_region, rewrite_of, true_structure
 
@@ -121,6 +122,13 @@ def test_emitted_graph(name: str) -> None:
 def emitted(name: str) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """The written model of a case, which computes what the dense-equivalent one does, and inputs for it."""
     case = CASES[name]
+    index, rewrite, feeds = rewritten(name)
+    return check_equal(index, rewrite, feeds, case.spec.opset, case.target), feeds
+
+
+def rewritten(name: str) -> tuple[GraphIndex, Rewrite, dict[str, np.ndarray]]:
+    """What is written of a case, and inputs for it."""
+    case = CASES[name]
     planted = build(case.spec)
     if case.rows is not None:
         planted.model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = case.rows
@@ -135,9 +143,7 @@ def emitted(name: str) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     keep = {} if case.keep is None else _first_of_each(planted, region, case.keep)
     segments = compose(region, structures, keep)
     shaped = tuple(replace(s, form=case.form) if s.blocks > 1 else s for s in segments)
-    rewrite: Rewrite = rewrite_of(index, region, shaped)
-    feeds = calibration(planted, case.rows or 5, seed=1)
-    return check_equal(index, rewrite, feeds, case.spec.opset, case.target), feeds
+    return index, rewrite_of(index, region, shaped), calibration(planted, case.rows or 5, seed=1)
 
 
 def _first_of_each(planted: PlantedModel, region: Region, count: int) -> dict[int, np.ndarray]:
