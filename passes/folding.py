@@ -237,14 +237,18 @@ def padded(blocks: Sequence[Indices]) -> list[Indices]:
 
 
 def correction_widths(region: Region, segment: Segment, site: int) -> tuple[int, int, int] | None:
-    """Inputs, rank and outputs of the correction beside the blocks of one site; None where it has none."""
+    """Inputs, rank and outputs of the correction beside the blocks of one site; None where it has none.
+
+    Of few units that are left it has no higher rank than there are.
+    """
     rank = segment.corrections.get(site, 0)
     if not rank:
         return None
-    rows, _ = site_labels(region, segment, site)
+    rows, columns = site_labels(region, segment, site)
     read = int(np.count_nonzero(rows != DROPPED))
     if region.ends[site][0] not in region.elastic:
         read = region.sites[site].shape[0]  # as the joined tensor has them
+    rank = min(rank, read, int(np.count_nonzero(columns != DROPPED)))
     return read, rank, sum(widths[-1] for widths in written_widths(region, segment, site))
 
 

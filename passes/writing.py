@@ -17,6 +17,7 @@ from onnx_decomp.passes.folding import (
     Crossing,
     Layout,
     block_rank,
+    correction_widths,
     factors,
     in_heads,
     members,
@@ -293,10 +294,10 @@ class Writer:
 
         With it the second matrix [r, N], and what its names start with; None where there is no correction.
         """
-        rank = segment.corrections.get(at, 0)
-        if not rank:
+        widths = correction_widths(self.rewrite.region, segment, at)
+        if widths is None:
             return None
-        site = self.rewrite.region.sites[at]
+        rank, site = widths[1], self.rewrite.region.sites[at]
         joined = self._joined(site.input)
         down, up = factors(self.rewrite.corrections[at][self.layout.stored(site.input)], rank)
         name = f"{site.weight}.decomp.beside"

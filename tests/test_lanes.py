@@ -136,6 +136,27 @@ def test_lanes_are_kept(name: str, uneven: bool) -> None:
     assert found["MatMul"] == Counter(node.op_type for node in index.proto.graph.node)["MatMul"]
 
 
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("shape", [(1, WIDTH), (1, 1, WIDTH)])
+def test_one_row_needs_no_transpose(shape: tuple[int, ...], uneven: bool) -> None:
+    """Where the graph says that there is one: nothing changes places."""
+    model = network(erf_gelu)
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, shape))
+    index = index_of(model)
+    region = only_region(index)
+    assert region.one_row
+    feeds = {"x": np.random.default_rng(1).standard_normal(shape).astype(np.float32)}
+    rewrite = rewrite_of(index, region, blocks_of(region, uneven))
+    found = Counter(node.op_type for node in check_equal(index, rewrite, feeds, 17, "cuda").graph.node)
+    assert found["Transpose"] == 0
+    assert found["Reshape"] == (2 if len(shape) == 2 else 4)
+
+
+def test_rows_that_the_graph_leaves_open_are_not_one() -> None:
+    assert not only_region(index_of(network(erf_gelu))).one_row
+
+
 def optimized(model: onnx.ModelProto, file: Path) -> Counter[str]:
     """Operators that ONNX Runtime makes of it."""
     options = ort.SessionOptions()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from models.planted import Planted, build
 from onnx_decomp.axes import Region
 from onnx_decomp.cost import SCHEMA, CostModel, cpu, cuda
+from onnx_decomp.passes import planning
 from onnx_decomp.passes.folding import (
     Layout,
     block_widths,
@@ -259,6 +261,29 @@ def test_fewer_flops_are_not_padded() -> None:
 
 
 # --- the whole way ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (4, 4), (None, 128)])
+def test_a_fixed_batch_is_what_is_priced(
+    batch: int | None, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the model says how many samples it takes, that is what one run of it has to do."""
+    planted = build(Planted((64, 64), off="zero", gain=3, hide="hidden"))
+    if batch is not None:
+        for value in (planted.model.graph.input[0], planted.model.graph.output[0]):
+            value.type.tensor_type.shape.dim[0].dim_value = batch
+    asked = []
+
+    def recorded(cost: CostModel, count: int, *rest: Any) -> tuple[Segment, ...]:
+        asked.append(count)
+        return with_best_forms(cost, count, *rest)
+
+    monkeypatch.setattr(planning, "with_best_forms", recorded)
+    made = planted_job(tmp_path, planted, 700)
+    code, report = made.run("--provider", "cpu", "--no-latency-gate", "--objective", "flops", "-q")
+    assert code == 0
+    assert report["kept"]
+    assert set(asked) == {rows}
 
 
 @pytest.mark.parametrize("objective", ["latency", "flops"])
