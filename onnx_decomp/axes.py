@@ -86,6 +86,8 @@ class Region:
     """All operators act on the last axis only, so that everything can be computed on matrices."""
     pairs: tuple[HeadPair, ...] = ()
     """Sites that meet head by head, so that heads can be made narrower."""
+    one_row: bool = False
+    """The graph says that what enters has a single row."""
 
     @property
     def nodes(self) -> tuple[int, ...]:
@@ -369,6 +371,7 @@ class Builder:
             tuple(n for n in carried if self.index.resolve(n) is not None),
             self._flat(links, carried) and self._alike(entries),
             find_pairs(self.index, sites, places, links),
+            all(set(self.index.shapes.get(name, (None, None))[:-1]) == {1} for name in entries),
         )
 
     def _elastic(self, group: int, sites: Sequence[Site], links: Sequence[int]) -> bool:

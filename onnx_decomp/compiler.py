@@ -191,7 +191,7 @@ class Run:
             provider=self.provider,
             evaluation=self.evaluation,
             aside=self.aside,
-            timed_samples=timed if self.nested is None else data.fixed or timed,  # one run of a body
+            timed_samples=data.fixed or timed,  # where the model fixes them, as in a body: those of one run
         )
         for site in sites:
             if site.obstacle is not None:

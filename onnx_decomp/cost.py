@@ -39,20 +39,24 @@ def products(layer: Layer) -> list[tuple[int, int]]:
     return [product for widths in layer for product in pairwise(widths)]
 
 
+def _weights(layers: Sequence[Layer]) -> int:
+    return sum(k * n for layer in layers for k, n in products(layer))
+
+
 class CostModel(Protocol):
     """Microseconds for T rows. Sizes count columns."""
 
     def dense(self, T: int, K: int, N: int) -> float:
         """One MatMul with its bias."""
 
-    def parallel(self, T: int, layer: Layer) -> float:
-        """Split, one MatMul for each block (two where it is factored), Concat, bias."""
-
-    def batched(self, T: int, G: int, k: int, n: int) -> float:
-        """Transpose, one MatMul [G, k, n], Transpose, bias."""
-
     def chain(self, T: int, layers: Sequence[Layer]) -> float:
-        """Split, a chain of Gemm and activation for each block through all layers, Concat."""
+        """Split, a chain of products (two where a block is factored) for each block through all layers, Concat."""
+
+    def batched(self, T: int, layers: Sequence[Layer], one_row: bool = False) -> float:
+        """Transpose, one MatMul [G, k, n] with its bias for each layer of equal blocks, Transpose.
+
+        one_row: the graph says so; Reshapes, which move nothing, do for both Transposes.
+        """
 
     def gather(self, T: int, width: int, run: int) -> float:
         """Reordering `width` columns that move in runs of `run`."""
@@ -76,20 +80,18 @@ class CPU:
     def dense(self, T: int, K: int, N: int) -> float:
         return self.node + self._product(T, K * N, 8)
 
-    def parallel(self, T: int, layer: Layer) -> float:
-        weights = sum(k * n for k, n in products(layer))
-        moved = self.copy * T * (width_in(layer) + width_out(layer))
-        return self.node * (len(products(layer)) + 3) + moved + self._product(T, weights, 8)
-
-    def batched(self, T: int, G: int, k: int, n: int) -> float:
-        # Batched weights are packed anew at every run: three times the overhead of a small T.
-        return self.node * 5 + self.copy * T * G * (k + n) + self._product(T, G * k * n, 24)
-
     def chain(self, T: int, layers: Sequence[Layer]) -> float:
         nodes = sum(len(products(layer)) + len(layer) for layer in layers) - len(layers[0]) + 2
         moved = self.copy * T * (width_in(layers[0]) + width_out(layers[-1]))
-        weights = sum(k * n for layer in layers for k, n in products(layer))
-        return self.node * nodes + moved + self._product(T, weights, 8)
+        return self.node * nodes + moved + self._product(T, _weights(layers), 8)
+
+    def batched(self, T: int, layers: Sequence[Layer], one_row: bool = False) -> float:
+        # Two Reshapes and a Transpose around MatMul, bias and, between layers, activation; the first Transpose becomes
+        # a part of the MatMul, the bias none.
+        nodes = 3 * len(layers) + (1 if one_row else 2)
+        moved = sum(width_out(layer) for layer in layers) + (0 if one_row else width_in(layers[0]))
+        # Batched weights are packed anew at every run: three times the overhead of a small T.
+        return self.node * nodes + self.copy * T * moved + self._product(T, _weights(layers), 24)
 
     def gather(self, T: int, width: int, run: int) -> float:
         return 3 * self.node + T * width * (self.column / run + self.copy)
@@ -119,19 +121,18 @@ class CUDA:
     def dense(self, T: int, K: int, N: int) -> float:
         return self._product(T, 1, K, N) + self._moved(T * N)
 
-    def parallel(self, T: int, layer: Layer) -> float:
-        inside = sum(self._product(T, 1, k, n) for k, n in products(layer))
-        return self._moved(T * width_in(layer)) + inside + 2 * self._moved(T * width_out(layer))
-
-    def batched(self, T: int, G: int, k: int, n: int) -> float:
-        # The first Transpose is fused into the MatMul; at one row the second is only a Reshape.
-        back = self._moved(T * G * n) if T > 1 else 0.0
-        return self._product(T, G, k, n) + back + self._moved(T * G * n)
-
     def chain(self, T: int, layers: Sequence[Layer]) -> float:
+        # The last bias is added once, behind the Concat.
         inside = sum(self._product(T, 1, k, n) for layer in layers for k, n in products(layer))
-        inside += sum(self._moved(T * widths[-1]) for layer in layers for widths in layer)
-        return self._moved(T * width_in(layers[0])) + inside + self._moved(T * width_out(layers[-1]))
+        inside += sum(self._moved(T * widths[-1]) for layer in layers[:-1] for widths in layer)
+        return self._moved(T * width_in(layers[0])) + inside + 2 * self._moved(T * width_out(layers[-1]))
+
+    def batched(self, T: int, layers: Sequence[Layer], one_row: bool = False) -> float:
+        # The first Transpose becomes a part of the MatMul.
+        inside = sum(
+            self._product(T, len(layer), *layer[0]) + self._moved(T * width_out(layer)) for layer in layers
+        )
+        return inside + (0.0 if one_row else self._moved(T * width_out(layers[-1])))
 
     def gather(self, T: int, width: int, run: int) -> float:
         return self._moved(T * width) * (

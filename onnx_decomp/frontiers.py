@@ -35,7 +35,7 @@ from onnx_decomp.passes.plans import Part, Plan, correctable
 from onnx_decomp.passes.pricing import region_time, with_best_forms
 from onnx_decomp.passes.search import FEW, LEAST_GAIN, MARGIN, Search
 from onnx_decomp.probe import Feeds
-from onnx_decomp.program import Program, Rewrite, Structure
+from onnx_decomp.program import Program, Rewrite, Segment, Structure
 from onnx_decomp.progress import Progress, Silent
 from onnx_decomp.report import PARTS, explain, versions
 from onnx_decomp.sites import Affine
@@ -229,7 +229,7 @@ class Walked:
             sum(
                 rows.get(part.region.sites[at].index, 1) * site_flops(part.region, segment, at)
                 for part in parts
-                for segment in part.segments
+                for segment in self._segments(part)
                 for at in segment.sites
             )
         )
@@ -237,13 +237,20 @@ class Walked:
     def _rows(self, part: Part) -> int:
         return self.program.timed_samples * self.program.rows_per_sample.get(part.region.sites[0].index, 1)
 
-    def _rewrites(self, parts: Iterable[Part]) -> list[Rewrite]:
+    def _segments(self, part: Part) -> tuple[Segment, ...]:
+        """As they are written."""
+        if part.dense:
+            return part.segments
         assert self.search is not None
+        padding = self.program.options.objective == "latency"
+        return with_best_forms(self.search.cost, self._rows(part), part.region, part.segments, padding)
+
+    def _rewrites(self, parts: Iterable[Part]) -> list[Rewrite]:
         found = []
         for part in parts:
             if part.dense:
                 continue
-            segments = with_best_forms(self.search.cost, self._rows(part), part.region, part.segments)
+            segments = self._segments(part)
             made = part.refitted or Refitted((), (), (), ())
             outcome = decision_of(part.region, segments)
             found.append(

@@ -7,7 +7,7 @@ contiguous run; otherwise one Gather brings them together, of whole runs of colu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -79,7 +79,29 @@ def compose(
         segments.append(Segment(rest, plain, 1))
     segments.sort(key=lambda segment: segment.sites[0])
     gone = _dropped(region, segments, keep or {})
-    return tuple(_settled(region, segment, gone) for segment in segments)
+    return tuple(_in_order(region, _settled(region, segment, gone)) for segment in segments)
+
+
+def _in_order(region: Region, segment: Segment) -> Segment:
+    """Blocks numbered as they lie on the first axis that can't change its order, if they lie side by side there.
+
+    Free axes follow the numbers, so that nothing has to change places between one end and the other.
+    """
+    for group, labels in segment.labels.items():
+        if group in segment.copies or region.groups[group].pinned is None:
+            continue
+        if is_contiguous(labels) and len(np.unique(labels)) == segment.blocks:
+            return renumbered(segment, blocks_in_order(labels))
+    return segment
+
+
+def renumbered(segment: Segment, sequence: Sequence[int]) -> Segment:
+    """The same blocks, all of them named, in another order."""
+    names = np.full(segment.blocks + 1, DROPPED, np.int32)  # the last one: DROPPED indexes it as -1
+    names[list(sequence)] = np.arange(segment.blocks)
+    labels = {group: names[found] for group, found in segment.labels.items()}
+    ranks = {site: tuple(found[block] for block in sequence) for site, found in segment.ranks.items()}
+    return replace(segment, labels=labels, ranks=ranks)
 
 
 def _dropped(region: Region, segments: Sequence[Segment], keep: Keep) -> dict[int, NDArray[np.bool_]]:
@@ -155,7 +177,7 @@ def copies_of(segments: Sequence[Segment]) -> Copies:
 
 
 def block_sizes(region: Region, segment: Segment, site: int) -> list[tuple[int, int]]:
-    """Kept rows and columns of each block at one site, by block id."""
+    """Kept rows and columns of each block at one site, by block id; padding is not counted."""
     rows, columns = (
         np.bincount(labels[labels != DROPPED], minlength=segment.blocks)
         for labels in site_labels(region, segment, site)
@@ -189,8 +211,36 @@ def block_widths(region: Region, segment: Segment, site: int) -> list[tuple[int,
     return found
 
 
+def written_widths(region: Region, segment: Segment, site: int) -> list[tuple[int, ...]]:
+    """The same as they are multiplied: in a batched product every block is as wide as the widest."""
+    found = block_widths(region, segment, site)
+    if segment.form != "batched":
+        return found
+    return [tuple(max(sizes) for sizes in zip(*found, strict=True))] * len(found)
+
+
+def is_padded(region: Region, segment: Segment) -> bool:
+    """Blocks of several sizes in one product: as it is written, it multiplies more than there is."""
+    return any(
+        written_widths(region, segment, site) != block_widths(region, segment, site) for site in segment.sites
+    )
+
+
+def padded(blocks: Sequence[Indices]) -> list[Indices]:
+    """Blocks as wide as the widest, none of which is empty: the others repeat their positions from the first one on.
+
+    So what fills them up is finite wherever the block is, and whole runs of columns stay together. Nothing reads it:
+    in the matrix behind it, its rows are zero.
+    """
+    width = max(len(block) for block in blocks)
+    return [np.resize(block, width) for block in blocks]
+
+
 def correction_widths(region: Region, segment: Segment, site: int) -> tuple[int, int, int] | None:
-    """Inputs, rank and outputs of the correction beside the blocks of one site; None where it has none."""
+    """Inputs, rank and outputs of the correction beside the blocks of one site; None where it has none.
+
+    Of few units that are left it has no higher rank than there are.
+    """
     rank = segment.corrections.get(site, 0)
     if not rank:
         return None
@@ -198,13 +248,14 @@ def correction_widths(region: Region, segment: Segment, site: int) -> tuple[int,
     read = int(np.count_nonzero(rows != DROPPED))
     if region.ends[site][0] not in region.elastic:
         read = region.sites[site].shape[0]  # as the joined tensor has them
-    return read, rank, int(np.count_nonzero(columns != DROPPED))
+    rank = min(rank, read, int(np.count_nonzero(columns != DROPPED)))
+    return read, rank, sum(widths[-1] for widths in written_widths(region, segment, site))
 
 
 def site_flops(region: Region, segment: Segment, site: int) -> int:
-    """Multiply-adds times two for one row, of one site."""
+    """Multiply-adds times two for one row, of one site, as they are written: padding counts."""
     beside = correction_widths(region, segment, site)
-    widths = block_widths(region, segment, site) + ([] if beside is None else [beside])
+    widths = written_widths(region, segment, site) + ([] if beside is None else [beside])
     return sum(2 * k * n for each in widths for k, n in pairwise(each))
 
 
@@ -228,13 +279,16 @@ def decision_of(region: Region, segments: Sequence[Segment]) -> Outcome:
 
 
 def forms(region: Region, segment: Segment) -> Iterator[Form]:
-    """Forms in which a segment can be written at all."""
+    """Forms in which a segment can be written at all.
+
+    Blocks of several sizes are padded in the batched one; a block without any inputs or outputs has nothing for that.
+    """
     if segment.blocks == 1:
         yield "dense"
         return
     yield "chain" if len(segment.sites) > 1 else "parallel"
-    sites = [block_widths(region, segment, site) for site in segment.sites]
-    if region.flat and all(len(set(widths)) == 1 and len(widths[0]) == 2 for widths in sites):
+    widths = [block for site in segment.sites for block in block_widths(region, segment, site)]
+    if region.flat and all(len(block) == 2 and min(block) > 0 for block in widths):
         yield "batched"
 
 
@@ -262,12 +316,18 @@ def joined_orders(rewrites: Iterable[Rewrite]) -> dict[int, Indices]:
     """The order that each free group takes where joined tensors carry it: by the blocks of the first that needs one."""
     orders: dict[int, Indices] = {}
     for rewrite in rewrites:
-        region = rewrite.region
-        for segment in rewrite.segments:
-            for group, labels in segment.labels.items():
-                free = region.groups[group].pinned is None and group not in region.elastic
-                if segment.blocks > 1 and free and group not in orders and group not in segment.copies:
-                    orders[group] = np.argsort(labels, kind="stable")
+        orders = own_orders(rewrite.region, rewrite.segments) | orders
+    return orders
+
+
+def own_orders(region: Region, segments: Iterable[Segment]) -> dict[int, Indices]:
+    """The same for one region by itself."""
+    orders: dict[int, Indices] = {}
+    for segment in segments:
+        for group, labels in segment.labels.items():
+            free = region.groups[group].pinned is None and group not in region.elastic
+            if segment.blocks > 1 and free and group not in orders and group not in segment.copies:
+                orders[group] = np.argsort(labels, kind="stable")
     return orders
 
 
@@ -314,47 +374,56 @@ def members(units: Indices, order: Indices, labels: Labels, block: int) -> Indic
 class Crossing:
     """How a joined axis and its blocks turn into one another: blocks in `sequence` hold `sizes` positions each.
 
-    index: what to Gather, or None where the blocks lie side by side. run: positions that stay together when gathered.
+    index: what to Gather of `width` positions, or None where the blocks lie side by side. run: positions that stay
+    together when gathered.
     """
 
     sequence: tuple[int, ...]
     sizes: tuple[int, ...]
+    width: int
     index: Indices | None
     run: int = 1
 
 
-def entering(joined: Indices, blocks: Sequence[Indices]) -> Crossing:
-    """From a joined axis, which stores the original positions `joined`, to blocks of such positions."""
+def entering(joined: Indices, blocks: Sequence[Indices], numbered: bool = False) -> Crossing:
+    """From a joined axis, which stores the original positions `joined`, to blocks of such positions.
+
+    numbered: they have to come in the order of their numbers. Blocks may share positions, or repeat them.
+    """
     place = np.zeros(int(max(joined.max(), *(int(b.max(initial=0)) for b in blocks))) + 1, np.intp)
     place[joined] = np.arange(len(joined))
-    wanted = {order: place[np.concatenate([blocks[b] for b in order])] for order in _sequences(place, blocks)}
+    sequences = _sequences(place, blocks, numbered)
+    wanted = {order: place[np.concatenate([blocks[b] for b in order])] for order in sequences}
     return _crossing(blocks, wanted, len(joined))
 
 
-def leaving(joined: Indices, blocks: Sequence[Indices]) -> Crossing:
-    """From blocks to a joined axis that stores the original positions `joined`."""
+def leaving(joined: Indices, blocks: Sequence[Indices], numbered: bool = False) -> Crossing:
+    """From blocks to a joined axis that stores the original positions `joined`; of one that is repeated the first."""
     place = np.zeros(int(joined.max()) + 1, np.intp)
     place[joined] = np.arange(len(joined))
     held = {
-        order: np.argsort(place[np.concatenate([blocks[b] for b in order])])
-        for order in _sequences(place, blocks)
+        order: np.unique(place[np.concatenate([blocks[b] for b in order])], return_index=True)[1]
+        for order in _sequences(place, blocks, numbered)
     }
-    return _crossing(blocks, held, len(joined))
+    return _crossing(blocks, held, sum(len(block) for block in blocks))
 
 
-def _sequences(place: Indices, blocks: Sequence[Indices]) -> Iterator[tuple[int, ...]]:
+def _sequences(place: Indices, blocks: Sequence[Indices], numbered: bool) -> Iterator[tuple[int, ...]]:
     """Orders of blocks: as they lie, if they lie side by side; by number, so that what is gathered agrees."""
-    yield tuple(sorted(range(len(blocks)), key=lambda block: place[blocks[block]].min(initial=len(place))))
+    if not numbered:
+        yield tuple(
+            sorted(range(len(blocks)), key=lambda block: place[blocks[block]].min(initial=len(place)))
+        )
     yield tuple(range(len(blocks)))
 
 
 def _crossing(blocks: Sequence[Indices], indices: Mapping[tuple[int, ...], Indices], width: int) -> Crossing:
-    """The first order in which nothing has to be gathered, else the last."""
+    """The first order in which nothing has to be gathered, else the last. width: of what would be gathered from."""
     for sequence, index in indices.items():
         sizes = tuple(len(blocks[block]) for block in sequence)
         if np.array_equal(index, np.arange(width)):
-            return Crossing(sequence, sizes, None)
-    return Crossing(sequence, sizes, index, _run_length(index, width))
+            return Crossing(sequence, sizes, width, None)
+    return Crossing(sequence, sizes, width, index, _run_length(index, width))
 
 
 def _run_length(order: Indices, size: int) -> int:
@@ -370,11 +439,23 @@ class Layout:
 
     region: Region
     segments: tuple[Segment, ...]
+    """Blocks of a batched product are numbered as they lie where they enter or, else, where they leave."""
     orders: Orders
 
     @classmethod
     def of(cls, region: Region, segments: Sequence[Segment], joined: Orders | None = None) -> Layout:
-        return cls(region, tuple(segments), region_orders(region, segments, joined or {}))
+        found = cls(region, tuple(segments), region_orders(region, segments, joined or {}))
+        numbered = tuple(map(found._numbered, found.segments))
+        return cls(region, numbered, region_orders(region, numbered, joined or {}))
+
+    def _numbered(self, segment: Segment) -> Segment:
+        if segment.form != "batched":
+            return segment
+        apart = replace(self, segments=(replace(segment, form="chain"),))
+        for _, crossing in apart.crossings():
+            if crossing.index is None:
+                return renumbered(segment, crossing.sequence)
+        return segment
 
     def stored(self, tensor: str) -> Indices:
         """Original positions of a joined tensor's grouped axis, in the order in which it holds them."""
@@ -382,13 +463,23 @@ class Layout:
         return self._in_heads(tensor, along(self._units(tensor, group), self.orders[group]))
 
     def blocks(self, tensor: str, segment: Segment) -> list[Indices]:
-        """Original positions of a tensor's grouped axis in each block of a segment."""
+        """Original positions of a tensor's grouped axis in each block of a segment, padded where that is."""
         group = self.region.group_of[tensor]
         if group in segment.copies and group not in self.region.elastic:  # inputs that several blocks read
-            return [segment.copies[group][segment.labels[group] == b] for b in range(segment.blocks)]
-        units, labels = self._units(tensor, group), segment.labels[group]
-        found = [members(units, self.orders[group], labels, block) for block in range(segment.blocks)]
-        return [self._in_heads(tensor, positions) for positions in found]
+            found = [segment.copies[group][segment.labels[group] == b] for b in range(segment.blocks)]
+        else:
+            units, labels = self._units(tensor, group), segment.labels[group]
+            every = [members(units, self.orders[group], labels, block) for block in range(segment.blocks)]
+            found = [self._in_heads(tensor, positions) for positions in every]
+        return padded(found) if segment.form == "batched" else found
+
+    def entering(self, tensor: str, segment: Segment) -> Crossing:
+        """From a joined tensor to a segment's blocks."""
+        return entering(self.stored(tensor), self.blocks(tensor, segment), segment.form == "batched")
+
+    def leaving(self, tensor: str, segment: Segment) -> Crossing:
+        """From a segment's blocks to the joined tensor."""
+        return leaving(self.stored(tensor), self.blocks(tensor, segment), segment.form == "batched")
 
     def _in_heads(self, tensor: str, positions: Indices) -> Indices:
         return positions[in_heads(self.region, self.segments[0], tensor, positions)]
@@ -401,11 +492,26 @@ class Layout:
         return self.region.carriers[tensor].units
 
     def crossings(self) -> Iterator[tuple[str, Crossing]]:
-        """How the region's border tensors get into blocks and out of them."""
-        for tensors, cross, side in ((self.region.entries, entering, 0), (self.region.exits, leaving, 1)):
-            for tensor in tensors:
-                for segment in self.segments:
-                    touched = {self.region.ends[site][side] for site in segment.sites}
-                    group = self.region.group_of[tensor]
-                    if group in touched and (segment.blocks > 1 or (segment.labels[group] == DROPPED).any()):
-                        yield tensor, cross(self.stored(tensor), self.blocks(tensor, segment))
+        """How the region's border tensors get into blocks and out of them, and those between two of its segments."""
+        for segment in self.segments:
+            read = {self.region.ends[site][0] for site in segment.sites}
+            made = {self.region.ends[site][1] for site in segment.sites}
+            yield from self._crossings(self.region.entries, read - made, 0, segment)
+            yield from self._crossings(self.region.exits, made - read, 1, segment)
+
+    def _crossings(
+        self, border: Sequence[str], inner: Set[int], side: int, segment: Segment
+    ) -> Iterator[tuple[str, Crossing]]:
+        """border: what the outside hands over, or reads. inner: groups that other segments may make, or read."""
+        region, cross = self.region, (self.entering, self.leaving)[side]
+        touched = {region.ends[site][side] for site in segment.sites}
+        tensors = [tensor for tensor in border if region.group_of[tensor] in touched]
+        inner = inner - {region.group_of[tensor] for tensor in border}
+        tensors += [
+            (region.sites[site].input, region.sites[site].output)[side]
+            for site in segment.sites
+            if region.ends[site][side] in inner
+        ]
+        for tensor in dict.fromkeys(tensors):
+            if segment.blocks > 1 or (segment.labels[region.group_of[tensor]] == DROPPED).any():
+                yield tensor, cross(tensor, segment)

@@ -30,6 +30,7 @@ from onnx_decomp.passes.folding import (
     decision_of,
     joined_orders,
     kept_flops,
+    own_orders,
     partition,
 )
 from onnx_decomp.passes.judging import Judge
@@ -467,7 +468,8 @@ class Planner:
 
     def _candidate(self, region: Region, segments: Sequence[Segment]) -> Candidate:
         rows = self._rows(region)
-        chosen = with_best_forms(self.cost, rows, region, segments)
+        padding = self.program.options.objective == "latency"
+        chosen = with_best_forms(self.cost, rows, region, segments, padding)
         return Candidate(chosen, self._cost(region, compose(region)) / max(self._cost(region, chosen), 1e-9))
 
     def _rows(self, region: Region) -> int:
@@ -481,13 +483,7 @@ class Planner:
 
     def _layout(self, region: Region, segments: Sequence[Segment]) -> Layout:
         """Where things lie, with everything that the weights show in place."""
-        here = {
-            group: np.argsort(labels, kind="stable")
-            for segment in segments
-            for group, labels in segment.labels.items()
-            if segment.blocks > 1 and region.groups[group].pinned is None and group not in segment.copies
-        }
-        return Layout.of(region, segments, here | self.orders)
+        return Layout.of(region, segments, own_orders(region, segments) | self.orders)
 
     def _cost_reason(self, region: Region, candidate: Candidate) -> str:
         """What stands in the way of a gain."""

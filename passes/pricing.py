@@ -7,16 +7,25 @@ from dataclasses import replace
 from itertools import pairwise
 
 from onnx_decomp.axes import Region
-from onnx_decomp.cost import CostModel, Layer
-from onnx_decomp.passes.folding import Layout, block_widths, correction_widths, forms, kept_flops
+from onnx_decomp.cost import CostModel
+from onnx_decomp.passes.folding import (
+    Crossing,
+    Layout,
+    correction_widths,
+    forms,
+    is_padded,
+    kept_flops,
+    own_orders,
+    written_widths,
+)
 from onnx_decomp.program import Form, Segment
 
 
 def segment_time(cost: CostModel, rows: int, region: Region, segment: Segment, form: Form) -> float:
-    """Predicted microseconds of one segment in the given form."""
-    layers = [block_widths(region, segment, site) for site in segment.sites]
-    return _blocks_time(cost, rows, segment, layers, form) + sum(
-        _correction_time(cost, rows, region, segment, site) for site in segment.sites
+    """Predicted microseconds of one segment in the given form, without what is gathered at its borders."""
+    shaped = replace(segment, form=form)
+    return _blocks_time(cost, rows, region, shaped) + sum(
+        _correction_time(cost, rows, region, shaped, site) for site in shaped.sites
     )
 
 
@@ -26,31 +35,47 @@ def _correction_time(cost: CostModel, rows: int, region: Region, segment: Segmen
     if widths is None:
         return 0.0
     read, rank, made = widths
-    inside = region.sites[site].input not in region.entries
-    joined = cost.gather(rows, read, read) if inside else 0.0
+    joined = 0.0
+    if region.sites[site].input not in region.entries:
+        joined = cost.gather(rows, read, read)
+        if is_padded(region, segment):
+            joined += cost.gather(rows, read, 1)
     return joined + cost.dense(rows, read, rank) + cost.dense(rows, rank, made)
 
 
-def _blocks_time(cost: CostModel, rows: int, segment: Segment, layers: Sequence[Layer], form: Form) -> float:
-    if form == "dense":
+def _blocks_time(cost: CostModel, rows: int, region: Region, segment: Segment) -> float:
+    layers = [written_widths(region, segment, site) for site in segment.sites]
+    if segment.form == "dense":
         return sum(cost.dense(rows, k, n) for (widths,) in layers for k, n in pairwise(widths))
-    if form == "batched":
-        return sum(cost.batched(rows, segment.blocks, k, n) for (k, n), *_ in layers)
-    if form == "parallel":
-        (layer,) = layers
-        return cost.parallel(rows, layer)
+    if segment.form == "batched":
+        return cost.batched(rows, layers, region.one_row)
     return cost.chain(rows, layers)
 
 
 def with_best_forms(
-    cost: CostModel, rows: int, region: Region, segments: Sequence[Segment]
+    cost: CostModel, rows: int, region: Region, segments: Sequence[Segment], padding: bool = True
 ) -> tuple[Segment, ...]:
-    """The same segments, each in the form with the lowest predicted time."""
+    """The same segments, each in the form with the lowest predicted time, the Gathers at its borders included.
 
-    def best(segment: Segment) -> Form:
-        return min(forms(region, segment), key=lambda form: segment_time(cost, rows, region, segment, form))
+    padding: blocks of several sizes may be padded to one, which takes less time, but more FLOPs and bytes.
+    """
+    orders = own_orders(region, segments)
 
-    return tuple(replace(segment, form=best(segment)) for segment in segments)
+    def offered(segment: Segment) -> list[Segment]:
+        found = [replace(segment, form=form) for form in forms(region, segment)]
+        return [each for each in found if padding or not is_padded(region, each)]
+
+    def time(segment: Segment) -> tuple[float, bool]:
+        layout = Layout.of(region, [segment], orders)
+        gathered = sum(_crossing_time(cost, rows, crossing) for _, crossing in layout.crossings())
+        # Of equals the batched one: nothing in it has several sizes, which a GPU is told anew at every run.
+        return segment_time(cost, rows, region, segment, segment.form) + gathered, segment.form != "batched"
+
+    def best(segment: Segment) -> Segment:
+        found = offered(segment)
+        return min(found, key=time) if len(found) > 1 else found[0]
+
+    return tuple(best(segment) for segment in segments)
 
 
 def region_time(cost: CostModel, rows: int, layout: Layout) -> float:
@@ -59,12 +84,14 @@ def region_time(cost: CostModel, rows: int, layout: Layout) -> float:
     A product in another form is left in it, or stands between Transposes, each about a Gather of long runs.
     """
     time = sum(segment_time(cost, rows, layout.region, segment, segment.form) for segment in layout.segments)
-    for _, crossing in layout.crossings():
-        if crossing.index is not None:
-            time += cost.gather(rows, len(crossing.index), crossing.run)
+    time += sum(_crossing_time(cost, rows, crossing) for _, crossing in layout.crossings())
     if _stays(layout):
         return time
     return time + sum(cost.gather(rows, site.moved, site.moved) for site in layout.region.sites if site.moved)
+
+
+def _crossing_time(cost: CostModel, rows: int, crossing: Crossing) -> float:
+    return 0.0 if crossing.index is None else cost.gather(rows, len(crossing.index), crossing.run)
 
 
 def _stays(layout: Layout) -> bool:

@@ -18,15 +18,19 @@ from onnx_decomp.passes.folding import (
     Crossing,
     Layout,
     block_rank,
-    entering,
+    correction_widths,
     factors,
     in_heads,
-    leaving,
     members,
+    padded,
 )
 from onnx_decomp.passes.fragments import Fragment, Value
 from onnx_decomp.program import Rewrite, Segment
 from onnx_decomp.runtime import Device
+from onnx_decomp.sites import Site
+
+WITH_BIAS = {"BiasGelu": "Gelu", "FastGelu": "FastGelu"}
+"""Activations that may have a bias in them, and what does the same without one."""
 
 
 @dataclass
@@ -47,8 +51,13 @@ class Writer:
 
     @property
     def flattened(self) -> bool:
-        """Everything is computed on matrices, and the border reshaped: every branch is then a plain Gemm."""
-        return self.rewrite.region.flat and self.rewrite.region.sites[0].rank != 2
+        """Everything is computed on matrices, and the border reshaped.
+
+        On a CPU every branch is then a plain Gemm, bias and all. On a GPU a bias is an operator by itself in any case.
+        """
+        batched = any(segment.form == "batched" for segment in self.layout.segments)
+        wanted = batched or self.target == "cpu"
+        return wanted and self.rewrite.region.flat and self.rewrite.region.sites[0].rank != 2
 
     def write(self) -> dict[int, tuple[int, int]]:
         """For each position of the model that is replaced, which nodes of the fragment stand there."""
@@ -73,7 +82,7 @@ class Writer:
 
         A link runs in lanes if something behind it does, or if it joins what would else be concatenated twice.
         """
-        region, segments = self.rewrite.region, self.rewrite.segments
+        region, segments = self.rewrite.region, self.layout.segments
         of_site = {at: number for number, segment in enumerate(segments) for at in segment.sites}
         behind: dict[str, set[int]] = {}
         for at, site in enumerate(region.sites):
@@ -99,7 +108,7 @@ class Writer:
 
     def _site(self, at: int) -> None:
         site = self.rewrite.region.sites[at]
-        number = next(n for n, segment in enumerate(self.rewrite.segments) if at in segment.sites)
+        number = next(n for n, segment in enumerate(self.layout.segments) if at in segment.sites)
         lane = self._lane(number)
         into = site.output if self._lands(site.output, number) else None
         value = lane.site(self._in_lanes(site.input, number), at, into)
@@ -109,8 +118,8 @@ class Writer:
 
     def _lands(self, tensor: str, number: int) -> bool:
         """A single lane of a matrix is what the outside reads, under the name that it knows."""
-        whole = self.rewrite.segments[number].blocks == 1 and self._exported(tensor)
-        return whole and self._crossing(tensor, number, leaving).index is None
+        whole = self.layout.segments[number].blocks == 1 and self._exported(tensor)
+        return whole and self.layout.leaving(tensor, self.layout.segments[number]).index is None
 
     def _link(self, position: int, number: int | None) -> None:
         node = self.index.node(position)
@@ -189,7 +198,7 @@ class Writer:
         axis = region.carriers[node.output[0]].axis
         if shape[axis] > 0:
             shape[axis] = len(positions(node.output[0]))
-        for number, width in self.rewrite.segments[0].heads.items():
+        for number, width in self.layout.segments[0].heads.items():
             axis = region.pairs[number].shapes.get(node.output[0], 0)
             if axis and shape[axis] > 0:
                 shape[axis] = width
@@ -238,20 +247,14 @@ class Writer:
     # Joined tensors and lanes
 
     def _lane(self, number: int) -> Branches | Batched:
-        segment = self.rewrite.segments[number]
+        segment = self.layout.segments[number]
         kind = Batched if segment.form == "batched" else Branches
         return kind(self, segment, number)
-
-    def _crossing(
-        self, tensor: str, number: int, way: Callable[[NDArray[Any], Sequence[NDArray[Any]]], Crossing]
-    ) -> Crossing:
-        segment = self.rewrite.segments[number]
-        return way(self.layout.stored(tensor), self.layout.blocks(tensor, segment))
 
     def _in_lanes(self, tensor: str, number: int) -> Any:
         if (number, tensor) not in self.lanes:
             lane = self._lane(number)
-            crossing = self._crossing(tensor, number, entering)
+            crossing = self.layout.entering(tensor, self.layout.segments[number])
             value = self._gathered(
                 self._joined(tensor), crossing, tensor, f"{self._stem(number, 0)}/in", None
             )
@@ -265,24 +268,49 @@ class Writer:
                 outer = self.fragment.read(tensor)
                 self.joined[tensor] = self._flatten(outer, tensor) if self.flattened else outer
             else:
-                crossing = self._crossing(tensor, number, leaving)
-                whole = into if crossing.index is None else None
-                lane, axis = self._lane(number), self._axis_of(tensor)
-                value = lane.leave(self.lanes[number, tensor], crossing, axis, tensor, whole)
-                self.joined[tensor] = self._gathered(
-                    value, crossing, tensor, f"{self._stem(number, 0)}/out", into
-                )
+                self.joined[tensor] = self._left(tensor, number, into)
         return self.joined[tensor]
+
+    def _left(self, tensor: str, number: int, into: str | None) -> Value:
+        """Lanes joined, gathered into their order, and the bias that was left for the end added."""
+        segment, late = self.layout.segments[number], self.late(tensor, number)
+        crossing, name = self.layout.leaving(tensor, segment), None if late is not None else into
+        lane, axis = self._lane(number), self._axis_of(tensor)
+        whole = name if crossing.index is None else None
+        value = lane.leave(self.lanes[number, tensor], crossing, axis, whole)
+        value = self._gathered(value, crossing, tensor, f"{self._stem(number, 0)}/out", name)
+        if late is None:
+            return value
+        site, bias = self.rewrite.region.sites[late], self.rewrite.affine[late].bias
+        assert bias is not None
+        stored = bias[self.layout.stored(tensor)]
+        bias = self.fragment.weight(f"{site.bias or site.stem + '.bias'}.decomp", stored, site.dtype)
+        return self.fragment.one("Add", f"{site.name}/decomp/Add", [value, bias], into=into)
+
+    def late(self, tensor: str, number: int) -> int | None:
+        """The site whose bias is added once its blocks were joined: nothing in the lanes reads its output.
+
+        Branches on a CPU have it for nothing, in their Gemm.
+        """
+        region, segment = self.rewrite.region, self.layout.segments[number]
+        if segment.blocks == 1 or (segment.form != "batched" and self.target == "cpu"):
+            return None
+        for at in segment.sites:
+            if region.sites[at].output == tensor and self.rewrite.affine[at].bias is not None:
+                inner = set(region.nodes)
+                if not inner.intersection(self.index.consumers.get(tensor, [])):
+                    return at
+        return None
 
     def correction(self, at: int, segment: Segment) -> tuple[Value, NDArray[Any], str] | None:
         """The first product of the correction beside a site's blocks, made of what they read, joined.
 
         With it the second matrix [r, N], and what its names start with; None where there is no correction.
         """
-        rank = segment.corrections.get(at, 0)
-        if not rank:
+        widths = correction_widths(self.rewrite.region, segment, at)
+        if widths is None:
             return None
-        site = self.rewrite.region.sites[at]
+        rank, site = widths[1], self.rewrite.region.sites[at]
         joined = self._joined(site.input)
         down, up = factors(self.rewrite.corrections[at][self.layout.stored(site.input)], rank)
         name = f"{site.stem}.decomp.beside"
@@ -309,7 +337,7 @@ class Writer:
 
     def _stem(self, number: int, end: int) -> str:
         """What names of the first (0) or last (-1) site of a segment start with."""
-        return f"{self.rewrite.region.sites[self.rewrite.segments[number].sites[end]].name}/decomp"
+        return f"{self.rewrite.region.sites[self.layout.segments[number].sites[end]].name}/decomp"
 
     # Borders
 
@@ -365,9 +393,8 @@ class Writer:
             value = make.one("Transpose", f"{prefix}/Columns", [value], perm=[1, 0])
             value = make.one("Gather", f"{prefix}/Gather", [value, chosen], axis=0)
             return make.one("Transpose", f"{prefix}/Back", [value], perm=[1, 0], into=into)
-        width = len(self.layout.stored(tensor)) if prefix.endswith("/in") else len(order)
         runs = make.integers(f"{prefix}/runs", order[::run] // run)
-        apart = make.integers(f"{prefix}/apart", [-1, width // run, run])
+        apart = make.integers(f"{prefix}/apart", [-1, crossing.width // run, run])
         joined = make.integers(f"{prefix}/joined", [-1, len(order)])
         value = make.one("Reshape", f"{prefix}/Apart", [value, apart])
         value = make.one("Gather", f"{prefix}/Gather", [value, runs], axis=1)
@@ -396,9 +423,7 @@ class Branches:
             )
         return [made[crossing.sequence.index(block)] for block in range(self.segment.blocks)]
 
-    def leave(
-        self, values: Sequence[Value], crossing: Crossing, axis: int, _tensor: str, into: str | None
-    ) -> Value:
+    def leave(self, values: Sequence[Value], crossing: Crossing, axis: int, into: str | None) -> Value:
         if self.segment.blocks == 1:
             return values[0]
         name = f"{self.writer._stem(self.number, -1)}/Concat"
@@ -442,7 +467,7 @@ class Branches:
             side = make.stored(f"{name}.down", down, site)
             value, name = make.one("MatMul", f"{stem}/Down", [value, side]), f"{name}.up"
         weight = make.stored(name, kept, site)
-        if affine.bias is None:
+        if affine.bias is None or writer.late(site.output, self.number) is not None:
             return make.one("MatMul", f"{stem}/MatMul", [value, weight], into=into)
         bias = make.weight(
             f"{site.bias or site.stem + '.bias'}.decomp.{tag}", affine.bias[columns], site.dtype
@@ -476,7 +501,10 @@ class Branches:
 
 @dataclass(frozen=True)
 class Batched:
-    """One value [G, T, n] for all blocks, which are equal: one batched MatMul for each site."""
+    """One value [G, T, n] for all blocks, padded to the widest: one batched MatMul for each site.
+
+    On one row, which the graph tells of, the Transposes on either side are left out: nothing changes places.
+    """
 
     writer: Writer
     segment: Segment
@@ -484,66 +512,64 @@ class Batched:
 
     def enter(self, value: Value, crossing: Crossing, _axis: int) -> Value:
         make, stem = self.writer.fragment, self.writer._stem(self.number, 0)
-        apart = make.integers(f"{stem}/apart", [-1, len(crossing.sizes), crossing.sizes[0]])
+        count, width = len(crossing.sizes), crossing.sizes[0]
+        lead = [count, 1] if self._one_row else [-1, count]
+        apart = make.integers(f"{stem}/apart", [*lead, width])
         value = make.one("Reshape", f"{stem}/Apart", [value, apart])
-        value = make.one("Transpose", f"{stem}/Blocks", [value], perm=[1, 0, 2])
-        return self._resequenced(value, crossing.sequence, range(self.segment.blocks), f"{stem}/first")
+        return value if self._one_row else make.one("Transpose", f"{stem}/Blocks", [value], perm=[1, 0, 2])
 
-    def leave(self, value: Value, crossing: Crossing, _axis: int, tensor: str, into: str | None) -> Value:
-        """[G, T, n] -> [T, N] in the axis' own order of blocks, then the last bias, once."""
-        make, region = self.writer.fragment, self.writer.rewrite.region
-        stem = self.writer._stem(self.number, -1)
-        value = self._resequenced(value, range(self.segment.blocks), crossing.sequence, f"{stem}/order")
-        value = make.one("Transpose", f"{stem}/Together", [value], perm=[1, 0, 2])
+    def leave(self, value: Value, crossing: Crossing, _axis: int, into: str | None) -> Value:
+        """[G, T, n] -> [T, G n]"""
+        make, stem = self.writer.fragment, self.writer._stem(self.number, -1)
+        if not self._one_row:
+            value = make.one("Transpose", f"{stem}/Together", [value], perm=[1, 0, 2])
         joined = make.integers(f"{stem}/joined", [-1, sum(crossing.sizes)])
-        at = self._late(tensor)
-        if at is None:
-            return make.one("Reshape", f"{stem}/Joined", [value, joined], into=into)
-        site, affine = region.sites[at], self.writer.rewrite.affine[at]
-        assert affine.bias is not None
-        value = make.one("Reshape", f"{stem}/Joined", [value, joined])
-        blocks = self.writer.layout.blocks(tensor, self.segment)
-        order = np.concatenate([blocks[block] for block in crossing.sequence])
-        bias = make.weight(f"{site.bias or site.stem + '.bias'}.decomp", affine.bias[order], site.dtype)
-        return make.one("Add", f"{stem}/Add", [value, bias], into=into)
+        return make.one("Reshape", f"{stem}/Joined", [value, joined], into=into)
 
-    def _resequenced(self, value: Value, have: Sequence[int], want: Sequence[int], stem: str) -> Value:
-        if list(have) == list(want):
-            return value
-        places = self.writer.fragment.integers(stem, [list(have).index(block) for block in want])
-        return self.writer.fragment.one("Gather", f"{stem}/Gather", [value, places], axis=0)
-
-    def _late(self, tensor: str) -> int | None:
-        """The site whose bias is added after its blocks were joined: nothing in the lanes reads its output."""
-        region, index = self.writer.rewrite.region, self.writer.index
-        for at in self.segment.sites:
-            site = region.sites[at]
-            if site.output == tensor and self.writer.rewrite.affine[at].bias is not None:
-                inner = {p for s in region.sites for p in s.nodes} | set(region.links)
-                if not inner.intersection(index.consumers.get(tensor, [])):
-                    return at
-        return None
+    @property
+    def _one_row(self) -> bool:
+        return self.writer.rewrite.region.one_row
 
     def site(self, value: Value, at: int, _into: str | None) -> Value:
         make, writer = self.writer.fragment, self.writer
         site, affine = writer.rewrite.region.sites[at], writer.rewrite.affine[at]
         cells = [writer.cells(at, self.segment, block) for block in range(self.segment.blocks)]
-        stack = np.stack([affine.weight[np.ix_(rows, columns)] for rows, columns in cells])
-        weight = make.stored(f"{site.stem}.decomp.blocks", stack, site)
+        made = np.stack(padded([columns for _, columns in cells]))
+        weight = make.stored(f"{site.stem}.decomp.blocks", self._stacked(affine.weight, cells, made), site)
         name = f"{site.name}/decomp/blocks"
         value = make.one("MatMul", f"{name}/MatMul", [value, weight])
         beside = writer.correction(at, self.segment)
         if beside is not None:
-            low, up, called = beside
-            ups = np.stack([up[:, columns] for _, columns in cells])
-            stem = f"{site.name}/decomp/beside"
-            more = make.one("MatMul", f"{stem}/MatMul", [low, make.stored(f"{called}.up", ups, site)])
-            value = make.one("Add", f"{stem}/Add", [value, more])
-        if affine.bias is None or self._late(site.output) is not None:
+            value = self._plus(value, site, made, *beside)
+        if affine.bias is None or writer.late(site.output, self.number) is not None:
             return value
-        rows_of_bias = np.stack([affine.bias[columns] for _, columns in cells])[:, None, :]
+        rows_of_bias = affine.bias[made][:, None, :]
         bias = make.weight(f"{site.bias or site.stem + '.bias'}.decomp.blocks", rows_of_bias, site.dtype)
         return make.one("Add", f"{name}/Add", [value, bias])
+
+    def _stacked(
+        self, weight: NDArray[Any], cells: Sequence[tuple[NDArray[Any], NDArray[Any]]], made: NDArray[Any]
+    ) -> NDArray[Any]:
+        """[G, k, n]; what a block is padded with on its way in meets rows of zeros."""
+        widest = max(len(rows) for rows, _ in cells)
+        stack = np.zeros((len(cells), widest, made.shape[1]), weight.dtype)
+        for block, (rows, _) in enumerate(cells):
+            stack[block, : len(rows)] = weight[np.ix_(rows, made[block])]
+        return stack
+
+    def _plus(
+        self, value: Value, site: Site, made: NDArray[Any], low: Value, up: NDArray[Any], name: str
+    ) -> Value:
+        """The lanes with their columns of the correction added.
+
+        Its first product is repeated for each block: a matrix times several would be a product for each, with its
+        addresses copied to the GPU at every run.
+        """
+        make, stem = self.writer.fragment, f"{site.name}/decomp/beside"
+        each = make.integers(f"{stem}/each", [self.segment.blocks, 1, 1])
+        low = make.one("Expand", f"{stem}/Expand", [low, each])
+        side = make.stored(f"{name}.up", np.moveaxis(up[:, made], 0, 1), site)
+        return make.one("Add", f"{stem}/Add", [value, make.one("MatMul", f"{stem}/MatMul", [low, side])])
 
     def link(self, node: onnx.NodeProto, lanes: Callable[[str], Value], into: str | None) -> dict[str, Value]:
         shape = (self.segment.blocks, 1, -1)
@@ -553,6 +579,13 @@ class Batched:
             else self.writer._operand(name, "blocks", partial(self._positions, name), shape)
             for name in node.input
         ]
+        if node.op_type in WITH_BIAS and len(inputs) == 2:
+            # Its bias has to be a vector: that of lanes is added before.
+            stem = f"{node.name or node.op_type}/decomp/blocks"
+            inputs = [self.writer.fragment.one("Add", f"{stem}/Add", inputs)]
+            plain = onnx.NodeProto(op_type=WITH_BIAS[node.op_type], name=node.name, domain=node.domain)
+            plain.output.extend(node.output)
+            node = plain
         return self.writer._copy(node, inputs, "blocks", self._positions, into)
 
     def _positions(self, name: str) -> NDArray[Any]:

@@ -101,6 +101,21 @@ def test_random_partitions_and_dropped_units(data: st.DataObject) -> None:
             check_low_rank(drawn.index, [(region, written)], drawn.feeds, 17)
 
 
+def test_a_rank_above_what_is_left() -> None:
+    """Of three units that stay in each block no correction has a higher rank than six."""
+    planted = build(Planted((24, 48, 36), blocks=2, seed=5))
+    index = index_of(planted.model)
+    region = only_region(index)
+    structure = true_structure(planted, region)
+    keep = np.zeros(48, bool)
+    for block in range(2):
+        keep[np.flatnonzero(planted.labels[1] == block)[:3]] = True
+    segments = with_corrections(compose(region, [structure], {1: keep}), {1: 20})
+    for shaped in _all_forms(region, segments):
+        written = check_low_rank(index, [(region, shaped)], calibration(planted, 9, seed=1), 17)
+        assert (6, 6) in products(written)
+
+
 @pytest.mark.parametrize("name", ["transformer", "gated"])
 def test_whole_networks(name: str) -> None:
     """Attention heads, gates and residual streams in blocks, each site with a correction."""

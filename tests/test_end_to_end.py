@@ -475,7 +475,8 @@ def test_replay_repeats_what_measurement_decided(
 
 @ABOUT_CPU
 def test_a_compiled_model_is_copied_unless_forced(tmp_path: Path) -> None:
-    made = planted_job(tmp_path, build(CLEAR))
+    spec = replace(CLEAR, widths=(256, 256, 256))  # a chain, whose products are sites again
+    made = planted_job(tmp_path, build(spec))
     assert made.run(*FREE)[0] == 0
     made.source.write_bytes(made.out.read_bytes())
     code, report = made.run(*FREE, init=False)

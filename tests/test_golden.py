@@ -22,7 +22,8 @@ from models.planted import Planted, PlantedModel, build, calibration
 from onnx_decomp.axes import Region
 from onnx_decomp.passes.folding import compose
 from onnx_decomp.program import Form, Rewrite, Structure
-from onnx_decomp.runtime import cuda_problem
+from onnx_decomp.runtime import Device, cuda_problem
+from onnx_decomp.sites import GraphIndex
 from tests.test_end_to_end import check_outcome, planted_job
 from tests.test_splitting import check_equal, index_of, only_region, rewrite_of, true_structure
 
@@ -78,12 +79,15 @@ class Golden:
 
     layers: how many of its layers are in blocks, all by default; the rest is dense.
     keep: units that stay on each hidden axis; without blocks (`form` dense) that is all that changes.
+    rows: that the graph says x has.
     """
 
     spec: Planted
     form: Form
     layers: int | None = None
     keep: int | None = None
+    target: Device = "cpu"
+    rows: int | None = None
 
 
 TINY = Planted((8, 16, 8), blocks=2, hide="hidden", seed=1)
@@ -101,6 +105,10 @@ CASES = {
     "reduced_chain": Golden(TINY, "chain", keep=3),
     "without_bias": Golden(replace(TINY, bias=False), "chain"),
     "split_before_opset_13": Golden(replace(TINY, opset=11), "chain"),
+    "padded_layer": Golden(replace(TINY, widths=(12, 16), uneven=True, seed=3), "batched", target="cuda"),
+    "padded_chain": Golden(replace(TINY, uneven=True, hide="all", seed=3), "batched", target="cuda"),
+    "one_row": Golden(replace(TINY, activation="ErfGelu"), "batched", target="cuda", rows=1),
+    "cuda_parallel": Golden(replace(TINY, widths=(8, 12), rank=3), "parallel", target="cuda"),
     "gemm_float16": Golden(replace(TINY, form="Gemm", dtype="float16"), "chain"),
 }
 
@@ -114,7 +122,16 @@ def test_emitted_graph(name: str) -> None:
 def emitted(name: str) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """The written model of a case, which computes what the dense-equivalent one does, and inputs for it."""
     case = CASES[name]
+    index, rewrite, feeds = rewritten(name)
+    return check_equal(index, rewrite, feeds, case.spec.opset, case.target), feeds
+
+
+def rewritten(name: str) -> tuple[GraphIndex, Rewrite, dict[str, np.ndarray]]:
+    """What is written of a case, and inputs for it."""
+    case = CASES[name]
     planted = build(case.spec)
+    if case.rows is not None:
+        planted.model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = case.rows
     index = index_of(planted.model)
     region = only_region(index)
     structures: list[Structure] = []
@@ -126,9 +143,7 @@ def emitted(name: str) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     keep = {} if case.keep is None else _first_of_each(planted, region, case.keep)
     segments = compose(region, structures, keep)
     shaped = tuple(replace(s, form=case.form) if s.blocks > 1 else s for s in segments)
-    rewrite: Rewrite = rewrite_of(index, region, shaped)
-    feeds = calibration(planted, 5, seed=1)
-    return check_equal(index, rewrite, feeds, case.spec.opset), feeds
+    return index, rewrite_of(index, region, shaped), calibration(planted, case.rows or 5, seed=1)
 
 
 def _first_of_each(planted: PlantedModel, region: Region, count: int) -> dict[int, np.ndarray]:

@@ -411,9 +411,9 @@ def test_two_products_are_priced_as_two(cost: CostModel) -> None:
 
 def test_a_block_more_in_two_products_is_one_operator_more() -> None:
     layer = [(64, 64)] * 4
-    for form in (cpu().parallel, lambda T, layer: cpu().chain(T, [layer])):
-        more = form(1, [(64, 32, 64), *layer[1:]]) - form(1, layer)  # as many weights
-        assert more == pytest.approx(cpu().node)
+    for behind in ([], [layer]):
+        more = cpu().chain(1, [[(64, 32, 64), *layer[1:]], *behind]) - cpu().chain(1, [layer, *behind])
+        assert more == pytest.approx(cpu().node), "as many weights"
 
 
 # --- the report ---------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_a_second_time_changes_nothing(planted: PlantedModel, base: tuple[Job, A
     assert code == 0
     assert second.out.read_bytes() == second.source.read_bytes()
     assert report["kept"] == []
-    assert {site["reason"] for site in report["sites"]} == {"already-compiled"}
+    assert {site["reason"] for site in report["sites"]} <= {"already-compiled"}  # batched products are none
 
 
 def test_a_second_time_by_force_loses_nothing(

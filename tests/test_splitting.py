@@ -19,10 +19,10 @@ from onnx_decomp.passes.ridge import masked
 from onnx_decomp.passes.splitting import emit
 from onnx_decomp.probe import Probe
 from onnx_decomp.program import Rewrite, Segment, Structure
-from onnx_decomp.runtime import RunError, open_session
+from onnx_decomp.runtime import Device, RunError, open_session
 from onnx_decomp.sites import Affine, GraphIndex, find_sites, read_affine
 
-NOISE = {"float32": 1e-5, "float16": 5e-3}
+NOISE = {"float64": 1e-6, "float32": 1e-5, "float16": 5e-3}
 
 
 def newest_opset() -> int:
@@ -62,10 +62,10 @@ def rewrite_of(index: GraphIndex, region: Region, segments: tuple[Segment, ...])
 
 
 def check_equal(
-    index: GraphIndex, rewrite: Rewrite, feeds: dict[str, np.ndarray], opset: int
+    index: GraphIndex, rewrite: Rewrite, feeds: dict[str, np.ndarray], opset: int, target: Device = "cpu"
 ) -> onnx.ModelProto:
     """The written model against the original graph run with the same dense-equivalent weights."""
-    written = emit(index, [rewrite], opset)
+    written = emit(index, [rewrite], opset, target)
     onnx.checker.check_model(written, full_check=True)
     region = rewrite.region
     probe = Probe(index, region.sites, None)
