@@ -42,7 +42,7 @@ class Ceilings:
     @property
     def roofline(self) -> CUDA:
         """A cost model of any form."""
-        return CUDA(self.flops, self.bytes, self.bytes, self.kernel, self.element)
+        return CUDA(self.flops, self.bytes, self.bytes, self.kernel, self.kernel, self.element)
 
     def product(self, T: int, G: int, k: int, n: int) -> float:
         """Microseconds of [G, T, k] times [G, k, n]."""

@@ -107,7 +107,7 @@ def _network(
     }
     dense = [_opened(index.proto, provider, each) for each in found]
     for blocks, name, segments in _segments(region, sizes.groups):
-        case = _Case(dtype, widths, blocks, name, region, segments, cost.model_for(provider, dtype))
+        case = _Case(dtype, widths, blocks, name, region, segments)
         written = calibrating.written(index, region, segments, provider)
         for before, ceiling in zip(dense, found, strict=True):
             try:
@@ -130,7 +130,6 @@ class _Case:
     form: str
     region: Region
     segments: Segments
-    predicting: CostModel
 
     def timed(
         self,
@@ -142,11 +141,11 @@ class _Case:
         seconds: float,
     ) -> Row:
         region, segments = self.region, self.segments
+        model = cost.model_for(before.provider, self.dtype)
+        predicting = model.in_graph() if ceiling.cuda_graph else model
         timed = compare(before, after, {"x": x}, seconds=seconds)
         kept = [sum(kept_flops(region, segment) for segment in each) for each in (compose(region), segments)]
-        predicted = [
-            _microseconds(self.predicting, tokens, region, each) for each in (compose(region), segments)
-        ]
+        predicted = [_microseconds(predicting, tokens, region, each) for each in (compose(region), segments)]
         roofline = [
             (_microseconds(ceiling.roofline, tokens, region, each) + links(ceiling, tokens, self.widths))
             / 1e3

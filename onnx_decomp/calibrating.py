@@ -97,8 +97,11 @@ def _device(provider: Device) -> str:
 
 
 def fit(start: CostModel, cases: Sequence[Case]) -> CostModel:
-    """The parameters with the least error in the logarithm; outliers count less, what is no size is left alone."""
-    names = [field.name for field in fields(start) if field.name != "element"]  # type: ignore[arg-type]
+    """The parameters with the least error in the logarithm; outliers count less.
+
+    The size of an element is known, and nothing here is recorded.
+    """
+    names = [field.name for field in fields(start) if field.name not in ("element", "recorded")]  # type: ignore[arg-type]
     fixed = {field.name: getattr(start, field.name) for field in fields(start)}  # type: ignore[arg-type]
     first = np.log([fixed[name] for name in names])
 

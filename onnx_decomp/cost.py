@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import resources
 from itertools import pairwise
@@ -46,6 +46,9 @@ def _weights(layers: Sequence[Layer]) -> int:
 class CostModel(Protocol):
     """Microseconds for T rows. Sizes count columns."""
 
+    def in_graph(self) -> CostModel:
+        """Of runs that are recorded and started as a whole, where there are such."""
+
     def dense(self, T: int, K: int, N: int) -> float:
         """One MatMul with its bias."""
 
@@ -77,6 +80,9 @@ class CPU:
     column: float
     """Microseconds to move one element when single columns are gathered, as rows between two Transposes."""
 
+    def in_graph(self) -> CPU:
+        return self
+
     def dense(self, T: int, K: int, N: int) -> float:
         return self.node + self._product(T, K * N, 8)
 
@@ -105,7 +111,7 @@ class CPU:
 
 @dataclass(frozen=True)
 class CUDA:
-    """One GPU, run eagerly."""
+    """One GPU."""
 
     flops: float
     """Per microsecond, in a large MatMul."""
@@ -114,9 +120,14 @@ class CUDA:
     copies: float
     """Bytes per microsecond of Split, Concat and Transpose."""
     kernel: float
-    """Microseconds between kernels started one by one; 2 where they are captured in a graph."""
+    """Microseconds between kernels started one by one."""
+    recorded: float
+    """The same where a run was recorded as a CUDA graph and is started as a whole."""
     element: float
     """Bytes."""
+
+    def in_graph(self) -> CUDA:
+        return replace(self, kernel=self.recorded)
 
     def dense(self, T: int, K: int, N: int) -> float:
         return self._product(T, 1, K, N) + self._moved(T * N)

@@ -150,7 +150,8 @@ class Planner:
     search: Search = field(init=False)
 
     def __post_init__(self) -> None:
-        self.cost = model_for(self.program.target, self._type(), self.program.options.cost)
+        found = model_for(self.program.target, self._type(), self.program.options.cost)
+        self.cost = found.in_graph() if self.program.options.cuda_graph else found
         kept = self.program.memory.get("search")
         usable = [region for region in self.program.regions if self._refusal(region) is None]
         if isinstance(kept, Search):
