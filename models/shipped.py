@@ -28,8 +28,9 @@ from onnx_decomp.runtime import Session, open_session
 
 CACHE = Path(__file__).parent / ".cache" / "shipped"
 BATCH = 16
-PIECE = 240
-"""Detectors that one piece of traffic has here: the network lets each see the others."""
+PIECE = 48
+"""Detectors that one piece of traffic has here. The network lets each see the others, so what it makes depends on how
+many there are, and the command, which can't know, vouches for as many as it compared: those of its report part."""
 KEPT = (".onnx", ".json", ".safetensors")
 """Suffixes of what is unpacked of a wheel."""
 
