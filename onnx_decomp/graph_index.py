@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx_decomp import guards
 from onnx_decomp.errors import InputError
 from onnx_decomp.functions import FunctionKey, Inlined, inlined
-from onnx_decomp.fused_attention import DOMAIN, MultiHead
+from onnx_decomp.fused_attention import DOMAIN, MultiHead, is_microsoft
 from onnx_decomp.graph import (
     Constants,
     Source,
@@ -203,23 +203,22 @@ class GraphIndex:
         return skeleton
 
     def _nodes_to_infer(self) -> Iterator[onnx.NodeProto]:
-        """The nodes; in place of one that inference does not know an Identity, where its output is as its input is."""
+        """The nodes; in place of some that inference does not know, others of the same type and shape."""
         widths: dict[str, int] = {}
         for node in self.nodes:
-            found = MultiHead.of(node)
-            if is_standard(node, "MatMul") and len(node.input) == 2:
+            if is_standard(node, "MatMul"):
                 sides = matrix(self.resolve(node.input[1]))
                 widths[node.output[0]] = 0 if sides is None else sides[1]
             elif is_standard(node, "Add"):
                 widths[node.output[0]] = max(widths.get(name, 0) for name in node.input)
-            same = [at for at in AS_INPUT.get(node.op_type, ()) if node.domain == DOMAIN]
-            if found is not None and (width := widths.get(found.operands[0], 0)):
-                same = [0] if width == widths.get(found.operands[2]) else []
+            if is_microsoft(node, "EmbedLayerNormalization"):
+                yield onnx.helper.make_node("Gather", [node.input[2], node.input[0]], node.output[:1])
+                continue
+            same = _as_input(node, widths)
             if not same:
                 yield node
-            for at in same:
-                if at < len(node.output) and node.output[at]:
-                    yield onnx.helper.make_node("Identity", node.input[:1], [node.output[at]])
+            for name in same:
+                yield onnx.helper.make_node("Identity", node.input[:1], [name])
 
     def node(self, position: int) -> onnx.NodeProto:
         return self.nodes[position]
@@ -282,3 +281,16 @@ class GraphIndex:
                 gone.add(position)
                 pending += self.nodes[position].input
         return found
+
+
+def _as_input(node: onnx.NodeProto, widths: Mapping[str, int]) -> list[str]:
+    """Outputs of the type and the shape of the first input, of an operator that inference does not know.
+
+    widths: of what products make.
+    """
+    found = MultiHead.of(node)
+    if found is not None:
+        query, _, value = (widths.get(name, 0) for name in found.operands)
+        return [node.output[0]] if query == value != 0 else []
+    places = AS_INPUT.get(node.op_type, ()) if node.domain == DOMAIN else ()
+    return [node.output[at] for at in places if at < len(node.output) and node.output[at]]

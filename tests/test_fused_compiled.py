@@ -14,9 +14,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_decomp import cli
+from onnx_decomp.axes import find_regions
 from onnx_decomp.compiler import Result, decompose
 from onnx_decomp.init_stats import load_nulls
 from onnx_decomp.options import Options
+from onnx_decomp.relay import Relay
 from onnx_decomp.runtime import open_session
 from onnx_decomp.sites import find_sites, read_affine
 from tests import bert
@@ -140,6 +142,22 @@ def test_in_a_function_and_in_a_body(tmp_path: Path) -> None:
         *(("if:choice/then", f"attention/{part}", 4) for part in ("query", "key", "value")),
         ("if:choice/then", "node_o", 4),
     ]
+
+
+def test_what_fused_operators_make_has_a_shape(tmp_path: Path) -> None:
+    """So that the model can be run in pieces, behind embeddings that are one operator, too."""
+    index = index_of(bert.fused(bert.exported(), tmp_path))
+    sites = find_sites(index)
+    assert Relay(index, sites, find_regions(index, sites), None).possible
+    assert index.shapes["layer.1.attention/context"] == (None, bert.TOKENS, bert.WIDTH)
+    inputs = ["input_ids", "token_type_ids", "words", "places", "kinds", "embedded.scale", "embedded.shift"]
+    model = bert.exported()
+    embedded = helper.make_node(
+        "EmbedLayerNormalization", inputs, ["all.normed", "m"], domain="com.microsoft"
+    )
+    model.graph.node.append(embedded)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    assert index_of(model).shapes["all.normed"] == (None, bert.TOKENS, bert.WIDTH)
 
 
 def test_a_fused_bert_compiles_as_the_exported_one(tmp_path: Path) -> None:
