@@ -309,19 +309,29 @@ def _inner_sites(program: Program, where: str, own: Mapping[int, Report]) -> lis
         entry["graph"] = where if entry["graph"] == "main" else f"{where}/{entry['graph']}"
         entry["region"] = entry["region"] and f"{where}/{entry['region']}"
 
-    def told(graph: str, op: str, shape: tuple[int, int]) -> tuple[object, ...]:
-        return graph, op, shape if op != "Attention" else "three in one"
-
-    known = Counter(told(entry["graph"], entry["op"], entry["shape"]) for entry in entries)
+    names = Counter((entry["graph"], entry["op"], entry["node"]) for entry in entries)
+    shapes = Counter(_product(entry["graph"], entry["op"], entry["shape"]) for entry in entries)
+    unnamed = []
     for site in program.sites:
-        product = told(site.graph, site.op, site.shape)
+        name, product = (site.graph, site.op, site.name), _product(site.graph, site.op, site.shape)
         if body_of(program, site) != where:
             continue
-        if known[product]:
-            known[product] -= 1
+        if names[name] and shapes[product]:
+            names[name] -= 1
+            shapes[product] -= 1
+        else:
+            unnamed.append((site, product))
+    for site, product in unnamed:  # or called otherwise in the body, as by another weight
+        if shapes[product]:
+            shapes[product] -= 1
         else:
             entries.append(own[site.index])
     return entries
+
+
+def _product(graph: str, op: str, shape: tuple[int, int]) -> tuple[object, ...]:
+    """What tells a product that has no name of its own; an Attention is listed once, and compiled as three."""
+    return graph, op, shape if op != "Attention" else "three in one"
 
 
 def _own_sites(program: Program) -> list[Report]:

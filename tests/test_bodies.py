@@ -271,6 +271,26 @@ def test_weights_behind_operators_outside(tmp_path: Path) -> None:
     agree(proto, found.model)
 
 
+def test_each_product_of_a_body_is_reported_once(tmp_path: Path) -> None:
+    """It may know a product more or less than the graph around it: two of one shape are told by their names."""
+    nodes, stored = signed()
+    wide = np.random.default_rng(5).standard_normal((WIDTH, 2 * WIDTH), np.float32)
+    nodes.append(helper.make_node("Split", ["both", "sizes"], ["w", "rest"], axis=1))
+    inner = [
+        node("MatMul", "x w", "p", "first"),
+        node("Relu", "p", "h"),
+        node("MatMul", "h v", "ty", "second"),
+    ]
+    then = body(inner, [value("ty", ROWS)])
+    other = body([node("Identity", "x", "ey")], [value("ey", ROWS)])
+    nodes += [helper.make_node("If", ["flag"], ["y"], "choice", then_branch=then, else_branch=other)]
+    found = done(
+        model(nodes, stored | {"both": wide, "v": wide[:, :WIDTH], "sizes": np.array([WIDTH, WIDTH])}),
+        tmp_path,
+    )
+    assert sorted(name for name, *_ in rows(found)) == ["first", "second"]
+
+
 def test_constants_of_a_new_order_that_others_read_too(tmp_path: Path) -> None:
     """A bias of the hidden units, read outside as well: there it stays as it was."""
     nodes, stored = signed()
