@@ -8,16 +8,8 @@ from itertools import pairwise
 
 from onnx_decomp.axes import Region
 from onnx_decomp.cost import CostModel
-from onnx_decomp.passes.folding import (
-    Crossing,
-    Layout,
-    correction_widths,
-    forms,
-    is_padded,
-    kept_flops,
-    own_orders,
-    written_widths,
-)
+from onnx_decomp.passes.folding import correction_widths, forms, is_padded, kept_flops, written_widths
+from onnx_decomp.passes.layouts import Crossing, Layout, own_orders
 from onnx_decomp.program import Form, Segment
 
 

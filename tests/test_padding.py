@@ -19,18 +19,8 @@ from models.planted import Planted, build
 from onnx_decomp.axes import Region
 from onnx_decomp.cost import SCHEMA, CostModel, cpu, cuda
 from onnx_decomp.passes import planning
-from onnx_decomp.passes.folding import (
-    Layout,
-    block_widths,
-    compose,
-    entering,
-    forms,
-    is_padded,
-    kept_flops,
-    leaving,
-    own_orders,
-    padded,
-)
+from onnx_decomp.passes.folding import block_widths, compose, forms, is_padded, kept_flops
+from onnx_decomp.passes.layouts import Layout, entering, leaving, own_orders, padded
 from onnx_decomp.passes.pricing import region_time, with_best_forms
 from onnx_decomp.program import Labels, Segment, Structure
 from onnx_decomp.runtime import Device
