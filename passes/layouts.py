@@ -151,6 +151,11 @@ def _run_length(order: Indices, size: int) -> int:
     return int(np.gcd.reduce(bounds))
 
 
+def exchanged(segments: Sequence[Segment], number: int, segment: Segment) -> tuple[Segment, ...]:
+    """All of them, with another one in one place."""
+    return (*segments[:number], segment, *segments[number + 1 :])
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the elements of a region's groups lie: what emission writes, and what the plan prices."""
@@ -163,14 +168,15 @@ class Layout:
     @classmethod
     def of(cls, region: Region, segments: Sequence[Segment], joined: Orders | None = None) -> Layout:
         found = cls(region, tuple(segments), region_orders(region, segments, joined or {}))
-        numbered = tuple(map(found._numbered, found.segments))
+        numbered = tuple(map(found._numbered, range(len(found.segments))))
         return cls(region, numbered, region_orders(region, numbered, joined or {}))
 
-    def _numbered(self, segment: Segment) -> Segment:
+    def _numbered(self, number: int) -> Segment:
+        segment = self.segments[number]
         if segment.form != "batched":
             return segment
-        apart = replace(self, segments=(replace(segment, form="chain"),))
-        for _, crossing in apart.crossings():
+        apart = replace(self, segments=exchanged(self.segments, number, replace(segment, form="chain")))
+        for _, crossing in apart.crossings(number):
             if crossing.index is None:
                 return renumbered(segment, crossing.sequence)
         return segment
@@ -209,9 +215,12 @@ class Layout:
                 return np.arange(len(segment.copies[group]))
         return self.region.carriers[tensor].units
 
-    def crossings(self) -> Iterator[tuple[str, Crossing]]:
-        """How the region's border tensors get into blocks and out of them, and those between two of its segments."""
-        for segment in self.segments:
+    def crossings(self, number: int | None = None) -> Iterator[tuple[str, Crossing]]:
+        """How the region's border tensors get into blocks and out of them, and those between two of its segments.
+
+        number: of the only segment that is asked for.
+        """
+        for segment in self.segments if number is None else self.segments[number : number + 1]:
             read = {self.region.ends[site][0] for site in segment.sites}
             made = {self.region.ends[site][1] for site in segment.sites}
             yield from self._crossings(self.region.entries, read - made, 0, segment)
