@@ -24,7 +24,8 @@ from onnx_decomp.axes import Region, find_regions
 from onnx_decomp.cost import CostModel
 from onnx_decomp.graph_index import GraphIndex
 from onnx_decomp.latency import compare
-from onnx_decomp.passes.folding import Layout, compose, forms, kept_flops
+from onnx_decomp.passes.folding import compose, forms, kept_flops
+from onnx_decomp.passes.layouts import Layout
 from onnx_decomp.passes.pricing import region_time
 from onnx_decomp.program import Segment, Structure
 from onnx_decomp.runtime import Device, RunError, Session, open_session

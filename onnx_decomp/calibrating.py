@@ -23,7 +23,8 @@ from onnx_decomp.axes import Region, find_regions
 from onnx_decomp.cost import CostModel
 from onnx_decomp.graph_index import GraphIndex
 from onnx_decomp.latency import compare
-from onnx_decomp.passes.folding import Layout, compose, decision_of, forms, partition
+from onnx_decomp.passes.folding import compose, decision_of, forms, partition
+from onnx_decomp.passes.layouts import Layout
 from onnx_decomp.passes.pricing import region_time
 from onnx_decomp.passes.ridge import masked
 from onnx_decomp.passes.splitting import emit

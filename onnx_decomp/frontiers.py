@@ -29,7 +29,8 @@ from onnx_decomp.options import Options
 from onnx_decomp.passes import baselines
 from onnx_decomp.passes.baselines import Baselines
 from onnx_decomp.passes.compensation import BATCH, Refitted
-from onnx_decomp.passes.folding import Layout, decision_of, joined_orders, site_flops
+from onnx_decomp.passes.folding import decision_of, site_flops
+from onnx_decomp.passes.layouts import Layout, joined_orders
 from onnx_decomp.passes.planning import PREFERRED, Planner
 from onnx_decomp.passes.plans import Part, Plan, correctable
 from onnx_decomp.passes.pricing import region_time, with_best_forms

@@ -22,18 +22,9 @@ from onnx_decomp.axes import Region
 from onnx_decomp.cost import CostModel, model_for
 from onnx_decomp.passes.compensation import Refitted, View
 from onnx_decomp.passes.exact import Proven, fold_units, prove
-from onnx_decomp.passes.folding import (
-    Indices,
-    Layout,
-    compose,
-    copies_of,
-    decision_of,
-    joined_orders,
-    kept_flops,
-    own_orders,
-    partition,
-)
+from onnx_decomp.passes.folding import Indices, compose, copies_of, decision_of, kept_flops, partition
 from onnx_decomp.passes.judging import Judge
+from onnx_decomp.passes.layouts import Layout, joined_orders, own_orders
 from onnx_decomp.passes.plans import Part, Plan, correctable
 from onnx_decomp.passes.pricing import region_time, with_best_forms
 from onnx_decomp.passes.ridge import in_blocks, masked, removed_norm

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 from onnx_decomp.axes import Region
 from onnx_decomp.cost import CostModel
-from onnx_decomp.passes.folding import (
-    Crossing,
-    Layout,
-    correction_widths,
-    forms,
-    is_padded,
-    kept_flops,
-    own_orders,
-    written_widths,
-)
+from onnx_decomp.passes.folding import correction_widths, forms, is_padded, kept_flops, written_widths
+from onnx_decomp.passes.layouts import Crossing, Layout, exchanged, own_orders
 from onnx_decomp.program import Form, Segment
 
 
@@ -65,17 +58,17 @@ def with_best_forms(
         found = [replace(segment, form=form) for form in forms(region, segment)]
         return [each for each in found if padding or not is_padded(region, each)]
 
-    def time(segment: Segment) -> tuple[float, bool]:
-        layout = Layout.of(region, [segment], orders)
-        gathered = sum(_crossing_time(cost, rows, crossing) for _, crossing in layout.crossings())
+    def time(number: int, segment: Segment) -> tuple[float, bool]:
+        layout = Layout.of(region, exchanged(segments, number, segment), orders)
+        gathered = sum(_crossing_time(cost, rows, crossing) for _, crossing in layout.crossings(number))
         # Of equals the batched one: nothing in it has several sizes, which a GPU is told anew at every run.
         return segment_time(cost, rows, region, segment, segment.form) + gathered, segment.form != "batched"
 
-    def best(segment: Segment) -> Segment:
+    def best(number: int, segment: Segment) -> Segment:
         found = offered(segment)
-        return min(found, key=time) if len(found) > 1 else found[0]
+        return min(found, key=partial(time, number)) if len(found) > 1 else found[0]
 
-    return tuple(best(segment) for segment in segments)
+    return tuple(best(number, segment) for number, segment in enumerate(segments))
 
 
 def region_time(cost: CostModel, rows: int, layout: Layout) -> float:

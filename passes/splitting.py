@@ -18,8 +18,8 @@ from onnx_decomp.axes import Carrier
 from onnx_decomp.functions import FunctionKey, called, functions_of
 from onnx_decomp.graph import all_names, constant_tensor, mentions
 from onnx_decomp.graph_index import INITIALIZERS_APART, GraphIndex
-from onnx_decomp.passes.folding import Layout, Orders, along, joined_orders
 from onnx_decomp.passes.fragments import Fragment
+from onnx_decomp.passes.layouts import Layout, Orders, along, joined_orders
 from onnx_decomp.passes.writing import Writer
 from onnx_decomp.program import Program, Rewrite
 from onnx_decomp.runtime import Device

@@ -1,4 +1,4 @@
-"""What replaces a region, node by node: tensors joined as the outside sees them, or in lanes, one for each block."""
+"""What replaces a region, node by node: tensors joined as the outside sees them, or in `lanes`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,12 @@ from numpy.typing import NDArray
 
 from onnx_decomp.fused_attention import MultiHead
 from onnx_decomp.graph_index import GraphIndex
-from onnx_decomp.passes.folding import (
-    Crossing,
-    Layout,
-    block_rank,
-    correction_widths,
-    factors,
-    in_heads,
-    members,
-    padded,
-)
+from onnx_decomp.passes.folding import correction_widths, factors, in_heads
 from onnx_decomp.passes.fragments import Fragment, Value
+from onnx_decomp.passes.lanes import Batched, Branches, Cells, Correction
+from onnx_decomp.passes.layouts import Crossing, Layout, members
 from onnx_decomp.program import Rewrite, Segment
 from onnx_decomp.runtime import Device
-from onnx_decomp.sites import Site
-
-WITH_BIAS = {"BiasGelu": "Gelu", "FastGelu": "FastGelu"}
-"""Activations that may have a bias in them, and what does the same without one."""
 
 
 @dataclass
@@ -132,13 +121,13 @@ class Writer:
             return
         inputs = []
         for name in node.input:
-            if self._carried(name):
+            if self.carried(name):
                 inputs.append(self._joined(name))
             else:
-                inputs.append(self._operand(name, None, partial(self.layout.stored, name), (-1,)))
+                inputs.append(self.operand(name, None, partial(self.layout.stored, name), (-1,)))
         tag = "joined" if len(node.output) > 1 else f"axis_{self._axis(node.output[0])}"
         into = node.output[0] if self._exported(node.output[0]) else None
-        self.joined |= self._copy(node, inputs, tag, self.layout.stored, into)
+        self.joined |= self.copy(node, inputs, tag, self.layout.stored, into)
 
     def _exported(self, tensor: str) -> bool:
         """The outside reads this tensor as it is computed here."""
@@ -147,12 +136,12 @@ class Writer:
     def _axis(self, tensor: str) -> int:
         return self.rewrite.region.order.index(self.rewrite.region.group_of[tensor])
 
-    def _carried(self, name: str) -> bool:
+    def carried(self, name: str) -> bool:
         """A tensor that is computed at run time and carries units."""
         region = self.rewrite.region
         return name in region.group_of and name not in region.constants
 
-    def _copy(
+    def copy(
         self,
         node: onnx.NodeProto,
         inputs: Sequence[Value],
@@ -222,7 +211,7 @@ class Writer:
         attributes.pop("num_outputs", None)
         return [inputs[0], self.fragment.integers(f"{stem}/sizes", sizes)], attributes
 
-    def _operand(
+    def operand(
         self, name: str, tag: str | None, positions: Callable[[], NDArray[Any]], shape: tuple[int, ...]
     ) -> Value:
         """A constant with one value for each unit, sliced; anything else as it stands."""
@@ -255,9 +244,7 @@ class Writer:
         if (number, tensor) not in self.lanes:
             lane = self._lane(number)
             crossing = self.layout.entering(tensor, self.layout.segments[number])
-            value = self._gathered(
-                self._joined(tensor), crossing, tensor, f"{self._stem(number, 0)}/in", None
-            )
+            value = self._gathered(self._joined(tensor), crossing, tensor, f"{self.stem(number, 0)}/in", None)
             self.lanes[number, tensor] = lane.enter(value, crossing, self._axis_of(tensor))
         return self.lanes[number, tensor]
 
@@ -278,7 +265,7 @@ class Writer:
         lane, axis = self._lane(number), self._axis_of(tensor)
         whole = name if crossing.index is None else None
         value = lane.leave(self.lanes[number, tensor], crossing, axis, whole)
-        value = self._gathered(value, crossing, tensor, f"{self._stem(number, 0)}/out", name)
+        value = self._gathered(value, crossing, tensor, f"{self.stem(number, 0)}/out", name)
         if late is None:
             return value
         site, bias = self.rewrite.region.sites[late], self.rewrite.affine[late].bias
@@ -302,7 +289,7 @@ class Writer:
                     return at
         return None
 
-    def correction(self, at: int, segment: Segment) -> tuple[Value, NDArray[Any], str] | None:
+    def correction(self, at: int, segment: Segment) -> Correction | None:
         """The first product of the correction beside a site's blocks, made of what they read, joined.
 
         With it the second matrix [r, N], and what its names start with; None where there is no correction.
@@ -317,7 +304,7 @@ class Writer:
         side = self.fragment.stored(f"{name}.down", down, site)
         return self.fragment.one("MatMul", f"{site.name}/decomp/beside/Down", [joined, side]), up, name
 
-    def cells(self, at: int, segment: Segment, block: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    def cells(self, at: int, segment: Segment, block: int) -> Cells:
         """Rows and columns of one block at a site, in the order in which its tensors hold them."""
         region = self.rewrite.region
         found = []
@@ -335,7 +322,7 @@ class Writer:
     def _axis_of(self, tensor: str) -> int:
         return self.rewrite.region.carriers[tensor].axis
 
-    def _stem(self, number: int, end: int) -> str:
+    def stem(self, number: int, end: int) -> str:
         """What names of the first (0) or last (-1) site of a segment start with."""
         return f"{self.rewrite.region.sites[self.layout.segments[number].sites[end]].name}/decomp"
 
@@ -399,197 +386,6 @@ class Writer:
         value = make.one("Reshape", f"{prefix}/Apart", [value, apart])
         value = make.one("Gather", f"{prefix}/Gather", [value, runs], axis=1)
         return make.one("Reshape", f"{prefix}/Joined", [value, joined], into=into)
-
-
-@dataclass(frozen=True)
-class Branches:
-    """One value for each block: Split, a Gemm (behind a MatMul where factored) or an operator for each, Concat."""
-
-    writer: Writer
-    segment: Segment
-    number: int
-
-    def enter(self, value: Value, crossing: Crossing, axis: int) -> list[Value]:
-        if self.segment.blocks == 1:
-            return [value]
-        make, name = self.writer.fragment, f"{self.writer._stem(self.number, 0)}/Split"
-        axis = 1 if self._matrix else axis
-        if make.opset >= 13:
-            parts = make.integers(f"{name}/sizes", crossing.sizes)
-            made = make.apply("Split", name, [value, parts], outputs=len(crossing.sizes), axis=axis)
-        else:
-            made = make.apply(
-                "Split", name, [value], outputs=len(crossing.sizes), axis=axis, split=list(crossing.sizes)
-            )
-        return [made[crossing.sequence.index(block)] for block in range(self.segment.blocks)]
-
-    def leave(self, values: Sequence[Value], crossing: Crossing, axis: int, into: str | None) -> Value:
-        if self.segment.blocks == 1:
-            return values[0]
-        name = f"{self.writer._stem(self.number, -1)}/Concat"
-        ordered = [values[block] for block in crossing.sequence]
-        axis = 1 if self._matrix else axis
-        return self.writer.fragment.one("Concat", name, ordered, axis=axis, into=into)
-
-    @property
-    def _matrix(self) -> bool:
-        region = self.writer.rewrite.region
-        return region.flat and (self.writer.flattened or region.sites[0].rank == 2)
-
-    def site(self, values: Sequence[Value], at: int, into: str | None) -> list[Value]:
-        beside = self.writer.correction(at, self.segment)
-        made = [self._gemm(value, at, block, into) for block, value in enumerate(values)]
-        if beside is None:
-            return made
-        return [self._plus(value, at, block, *beside) for block, value in enumerate(made)]
-
-    def _plus(self, value: Value, at: int, block: int, low: Value, up: NDArray[Any], name: str) -> Value:
-        """A block's output with its columns of the correction added, in the same product where it can be."""
-        make, site = self.writer.fragment, self.writer.rewrite.region.sites[at]
-        _, columns = self.writer.cells(at, self.segment, block)
-        tag = f"block_{block:02d}"
-        side = make.stored(f"{name}.up.{tag}", up[:, columns], site)
-        stem = f"{site.name}/decomp/beside/{tag}"
-        if self._matrix or site.rank == 2:
-            return make.one("Gemm", f"{stem}/Gemm", [low, side, value])
-        return make.one("Add", f"{stem}/Add", [value, make.one("MatMul", f"{stem}/MatMul", [low, side])])
-
-    def _gemm(self, value: Value, at: int, block: int, into: str | None) -> Value:
-        make, writer = self.writer.fragment, self.writer
-        site, affine = writer.rewrite.region.sites[at], writer.rewrite.affine[at]
-        rows, columns = writer.cells(at, self.segment, block)
-        tag = f"block_{block:02d}"
-        stem, name = f"{site.name}/decomp/{tag}", f"{site.stem}.decomp.{tag}"
-        kept = affine.weight[np.ix_(rows, columns)]
-        rank = block_rank(self.segment, at, block, len(rows), len(columns))
-        if rank is not None:
-            down, kept = factors(kept, rank)
-            side = make.stored(f"{name}.down", down, site)
-            value, name = make.one("MatMul", f"{stem}/Down", [value, side]), f"{name}.up"
-        weight = make.stored(name, kept, site)
-        if affine.bias is None or writer.late(site.output, self.number) is not None:
-            return make.one("MatMul", f"{stem}/MatMul", [value, weight], into=into)
-        bias = make.weight(
-            f"{site.bias or site.stem + '.bias'}.decomp.{tag}", affine.bias[columns], site.dtype
-        )
-        if self._matrix or site.rank == 2:
-            return make.one("Gemm", f"{stem}/Gemm", [value, weight, bias], into=into)
-        value = make.one("MatMul", f"{stem}/MatMul", [value, weight])
-        return make.one("Add", f"{stem}/Add", [value, bias], into=into)
-
-    def link(
-        self, node: onnx.NodeProto, lanes: Callable[[str], list[Value]], into: str | None
-    ) -> dict[str, list[Value]]:
-        made: dict[str, list[Value]] = {name: [] for name in node.output if name}
-        for block in range(self.segment.blocks):
-            tag = f"block_{block:02d}"
-
-            positions = partial(self._positions, block)
-            inputs = [
-                lanes(name)[block]
-                if self.writer._carried(name)
-                else self.writer._operand(name, tag, partial(positions, name), (-1,))
-                for name in node.input
-            ]
-            for name, value in self.writer._copy(node, inputs, tag, positions, into).items():
-                made[name].append(value)
-        return made
-
-    def _positions(self, block: int, name: str) -> NDArray[Any]:
-        return self.writer.layout.blocks(name, self.segment)[block]
-
-
-@dataclass(frozen=True)
-class Batched:
-    """One value [G, T, n] for all blocks, padded to the widest: one batched MatMul for each site.
-
-    On one row, which the graph tells of, the Transposes on either side are left out: nothing changes places.
-    """
-
-    writer: Writer
-    segment: Segment
-    number: int
-
-    def enter(self, value: Value, crossing: Crossing, _axis: int) -> Value:
-        make, stem = self.writer.fragment, self.writer._stem(self.number, 0)
-        count, width = len(crossing.sizes), crossing.sizes[0]
-        lead = [count, 1] if self._one_row else [-1, count]
-        apart = make.integers(f"{stem}/apart", [*lead, width])
-        value = make.one("Reshape", f"{stem}/Apart", [value, apart])
-        return value if self._one_row else make.one("Transpose", f"{stem}/Blocks", [value], perm=[1, 0, 2])
-
-    def leave(self, value: Value, crossing: Crossing, _axis: int, into: str | None) -> Value:
-        """[G, T, n] -> [T, G n]"""
-        make, stem = self.writer.fragment, self.writer._stem(self.number, -1)
-        if not self._one_row:
-            value = make.one("Transpose", f"{stem}/Together", [value], perm=[1, 0, 2])
-        joined = make.integers(f"{stem}/joined", [-1, sum(crossing.sizes)])
-        return make.one("Reshape", f"{stem}/Joined", [value, joined], into=into)
-
-    @property
-    def _one_row(self) -> bool:
-        return self.writer.rewrite.region.one_row
-
-    def site(self, value: Value, at: int, _into: str | None) -> Value:
-        make, writer = self.writer.fragment, self.writer
-        site, affine = writer.rewrite.region.sites[at], writer.rewrite.affine[at]
-        cells = [writer.cells(at, self.segment, block) for block in range(self.segment.blocks)]
-        made = np.stack(padded([columns for _, columns in cells]))
-        weight = make.stored(f"{site.stem}.decomp.blocks", self._stacked(affine.weight, cells, made), site)
-        name = f"{site.name}/decomp/blocks"
-        value = make.one("MatMul", f"{name}/MatMul", [value, weight])
-        beside = writer.correction(at, self.segment)
-        if beside is not None:
-            value = self._plus(value, site, made, *beside)
-        if affine.bias is None or writer.late(site.output, self.number) is not None:
-            return value
-        rows_of_bias = affine.bias[made][:, None, :]
-        bias = make.weight(f"{site.bias or site.stem + '.bias'}.decomp.blocks", rows_of_bias, site.dtype)
-        return make.one("Add", f"{name}/Add", [value, bias])
-
-    def _stacked(
-        self, weight: NDArray[Any], cells: Sequence[tuple[NDArray[Any], NDArray[Any]]], made: NDArray[Any]
-    ) -> NDArray[Any]:
-        """[G, k, n]; what a block is padded with on its way in meets rows of zeros."""
-        widest = max(len(rows) for rows, _ in cells)
-        stack = np.zeros((len(cells), widest, made.shape[1]), weight.dtype)
-        for block, (rows, _) in enumerate(cells):
-            stack[block, : len(rows)] = weight[np.ix_(rows, made[block])]
-        return stack
-
-    def _plus(
-        self, value: Value, site: Site, made: NDArray[Any], low: Value, up: NDArray[Any], name: str
-    ) -> Value:
-        """The lanes with their columns of the correction added.
-
-        Its first product is repeated for each block: a matrix times several would be a product for each, with its
-        addresses copied to the GPU at every run.
-        """
-        make, stem = self.writer.fragment, f"{site.name}/decomp/beside"
-        each = make.integers(f"{stem}/each", [self.segment.blocks, 1, 1])
-        low = make.one("Expand", f"{stem}/Expand", [low, each])
-        side = make.stored(f"{name}.up", np.moveaxis(up[:, made], 0, 1), site)
-        return make.one("Add", f"{stem}/Add", [value, make.one("MatMul", f"{stem}/MatMul", [low, side])])
-
-    def link(self, node: onnx.NodeProto, lanes: Callable[[str], Value], into: str | None) -> dict[str, Value]:
-        shape = (self.segment.blocks, 1, -1)
-        inputs = [
-            lanes(name)
-            if self.writer._carried(name)
-            else self.writer._operand(name, "blocks", partial(self._positions, name), shape)
-            for name in node.input
-        ]
-        if node.op_type in WITH_BIAS and len(inputs) == 2:
-            # Its bias has to be a vector: that of lanes is added before.
-            stem = f"{node.name or node.op_type}/decomp/blocks"
-            inputs = [self.writer.fragment.one("Add", f"{stem}/Add", inputs)]
-            plain = onnx.NodeProto(op_type=WITH_BIAS[node.op_type], name=node.name, domain=node.domain)
-            plain.output.extend(node.output)
-            node = plain
-        return self.writer._copy(node, inputs, "blocks", self._positions, into)
-
-    def _positions(self, name: str) -> NDArray[Any]:
-        return np.concatenate(self.writer.layout.blocks(name, self.segment))
 
 
 def _attribute(item: onnx.AttributeProto) -> Any:

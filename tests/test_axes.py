@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_decomp.axes import AxisGroup, Builder, Region, find_regions
-from onnx_decomp.passes.folding import along, compose, forms, partition
+from onnx_decomp.passes.folding import compose, forms, partition
+from onnx_decomp.passes.layouts import along
 from onnx_decomp.passes.ridge import masked
 from onnx_decomp.passes.splitting import emit
 from onnx_decomp.probe import Probe

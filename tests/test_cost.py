@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx_decomp import calibrating
 from onnx_decomp.cost import CPU, SCHEMA, CostModel, cpu, cuda, model_for
 from onnx_decomp.errors import InputError
-from onnx_decomp.passes.folding import Layout
+from onnx_decomp.passes.layouts import Layout
 from onnx_decomp.passes.pricing import region_time
 from tests.test_splitting import index_of, only_region
 

@@ -19,25 +19,15 @@ from models.planted import Planted, build
 from onnx_decomp.axes import Region
 from onnx_decomp.cost import SCHEMA, CostModel, cpu, cuda
 from onnx_decomp.passes import planning
-from onnx_decomp.passes.folding import (
-    Layout,
-    block_widths,
-    compose,
-    entering,
-    forms,
-    is_padded,
-    kept_flops,
-    leaving,
-    own_orders,
-    padded,
-)
+from onnx_decomp.passes.folding import block_widths, compose, forms, is_padded, kept_flops
+from onnx_decomp.passes.layouts import Layout, entering, leaving, own_orders, padded
 from onnx_decomp.passes.pricing import region_time, with_best_forms
 from onnx_decomp.program import Labels, Segment, Structure
 from onnx_decomp.runtime import Device
 from tests.forms import Graph
 from tests.test_end_to_end import check_outcome, planted_job
 from tests.test_lowrank_forms import products
-from tests.test_splitting import check_equal, index_of, only_region, rewrite_of
+from tests.test_splitting import check_equal, index_of, only_region, rewrite_of, true_structure
 
 Activation = Callable[[Graph, str, int], str]
 
@@ -250,6 +240,23 @@ def test_what_is_chosen_is_the_cheapest_with_its_gathers() -> None:
             assert times[found] == min(times.values())
             seen.add((type(cost).__name__, found == "batched"))
     assert seen == {("CPU", False), ("CPU", True), ("CUDA", False), ("CUDA", True)}
+
+
+@pytest.mark.parametrize("cost", [cpu(), cuda()])
+def test_blocks_over_a_part_of_the_layers(cost: CostModel) -> None:
+    """What lies between blocks and the layers behind them is joined, and gathered where it was padded."""
+    planted = build(Planted((64, 128, 96, 64), blocks=4, uneven=True, hide="none"))
+    region = only_region(index_of(planted.model))
+    whole = true_structure(planted, region)
+    labels = {group: whole.labels[group] for group in region.order[:2]}
+    segments = compose(region, [replace(whole, sites=(0,), labels=labels)])
+    gathered = {}
+    for form in forms(region, segments[0]):
+        layout = Layout.of(region, (replace(segments[0], form=form), *segments[1:]))
+        gathered[form] = [crossing.index is not None for _, crossing in layout.crossings()]
+    assert gathered == {"parallel": [False, False], "batched": [True, True]}
+    found = with_best_forms(cost, 512, region, segments)
+    assert [each.form for each in found[1:]] == ["dense"]
 
 
 def test_fewer_flops_are_not_padded() -> None:

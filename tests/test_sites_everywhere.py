@@ -22,7 +22,8 @@ from onnx_decomp.axes import Region, find_regions
 from onnx_decomp.compiler import decompose
 from onnx_decomp.cost import cpu
 from onnx_decomp.options import Options
-from onnx_decomp.passes.folding import Layout, compose, partition
+from onnx_decomp.passes.folding import compose, partition
+from onnx_decomp.passes.layouts import Layout
 from onnx_decomp.passes.pricing import region_time, with_best_forms
 from onnx_decomp.passes.ridge import masked
 from onnx_decomp.passes.splitting import emit

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from models.planted import Planted, PlantedModel, build, calibration
 from onnx_decomp.axes import Region, find_regions
+from onnx_decomp.cost import cpu, cuda
 from onnx_decomp.passes.folding import compose, forms, partition
+from onnx_decomp.passes.pricing import with_best_forms
 from onnx_decomp.passes.ridge import masked
 from onnx_decomp.passes.splitting import emit
 from onnx_decomp.probe import Probe
@@ -148,8 +150,12 @@ def test_random_partitions_with_dropped_units(data: st.DataObject) -> None:
     drawn = drawn_partition(data)
     index, region = drawn.index, drawn.region
     assert region.order == tuple(range(len(region.sites) + 1))
-    for shaped in _all_forms(region, compose(region, [drawn.structure], drawn.keep)):
+    segments = compose(region, [drawn.structure], drawn.keep)
+    offered = _all_forms(region, segments)
+    for shaped in offered:
         check_equal(index, rewrite_of(index, region, shaped), drawn.feeds, 17)
+    for cost in (cpu(), cuda()):
+        assert with_best_forms(cost, 64, region, segments) in offered
 
 
 def _labels(rng: np.random.Generator, width: int, blocks: int) -> np.ndarray:
