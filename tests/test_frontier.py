@@ -212,7 +212,7 @@ def test_whitened_svd_beats_svd(found: Frontier) -> None:
 
 def test_a_narrow_layer_keeps_its_rank() -> None:
     def ranks(widths: tuple[int, int], names: tuple[str, ...], share: float = 0.5) -> dict[int, Any]:
-        sites = tuple(SimpleNamespace(shape=widths, weight=name) for name in names)
+        sites = tuple(SimpleNamespace(shape=widths, matrix=(name,)) for name in names)
         return baselines.uniform_ranks(SimpleNamespace(sites=sites), share, 1)  # type: ignore[arg-type]
 
     assert ranks((64, 64), ("W",)) == {0: (16,)}
