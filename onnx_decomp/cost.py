@@ -72,7 +72,7 @@ class CPU:
     flops: float
     """Per microsecond, in a large MatMul."""
     node: float
-    """Microseconds of one more operator in a small model; in large ones, where it is more, products take all the time."""
+    """Microseconds of one more operator in a small model; in large ones it is more, but products take all the time."""
     copy: float
     """Microseconds to move one element in Split, Concat or Transpose."""
     stream: float
