@@ -460,11 +460,12 @@ class Tracer:
     def _split(self, position: int, node: onnx.NodeProto) -> dict[str, Axes] | None:
         x = self.axes_of(node.input[0])
         axis = int(attribute(node, "axis", 0))
-        if x.rank is None or any(self.index.shapes.get(name) is None for name in node.output):
+        shapes = [self.index.shapes.get(name) for name in node.output]
+        if x.rank is None or not -x.rank <= axis < x.rank:
             return None
         axis -= x.rank if axis >= 0 else 0
         elements = x.at(axis)[0]
-        sizes = [self.index.shapes[name][axis] for name in node.output]
+        sizes = [shape[axis] if shape is not None and len(shape) == x.rank else None for shape in shapes]
         if elements is None or None in sizes:
             return None
         self.copyable.add(position)

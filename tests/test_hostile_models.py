@@ -287,6 +287,20 @@ def splitting_into_more_than_it_says() -> onnx.ModelProto:
     return model(nodes, [value("x", ["N", 6])], outputs, opset=18)
 
 
+def test_axes_that_are_not_there(tmp_path: Path) -> None:
+    """Of a weight that is cut up: the checker does not look at attributes."""
+    nodes = [
+        make_node("Split", ["both", "sizes"], ["w", "v"], axis=27),
+        make_node("MatMul", ["x", "w"], ["p"]),
+        make_node("MatMul", ["x", "v"], ["q"]),
+        make_node("Add", ["p", "q"], ["y"]),
+    ]
+    stored = {"both": np.ones((6, 8), np.float32), "sizes": np.array([4, 4])}
+    path = write(model(nodes, [value("x", ["N", 6])], [value("y", ["N", 4])], stored), tmp_path / "in.onnx")
+    assert main([str(path), str(tmp_path / "out.onnx"), *PLAIN]) == 0
+    assert main(["inspect", str(path)]) == 0
+
+
 def test_a_model_that_crashes_native_code(tmp_path: Path) -> None:
     """Whatever release: this process lives on, and so does that of `inspect`."""
     path = write(splitting_into_more_than_it_says(), tmp_path / "in.onnx")
