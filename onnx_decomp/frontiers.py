@@ -38,7 +38,8 @@ from onnx_decomp.passes.search import FEW, LEAST_GAIN, MARGIN, Search
 from onnx_decomp.probe import Feeds
 from onnx_decomp.program import Program, Rewrite, Segment, Structure
 from onnx_decomp.progress import Progress, Silent
-from onnx_decomp.report import PARTS, explain, versions
+from onnx_decomp.reasons import explain
+from onnx_decomp.report import PARTS, versions
 from onnx_decomp.sites import Affine
 
 SCHEMA = "onnx-decomp-frontier/1"

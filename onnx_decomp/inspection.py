@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnx_decomp import guards, model_io, trial
 from onnx_decomp.axes import find_regions
-from onnx_decomp.report import explain
+from onnx_decomp.reasons import explain
 from onnx_decomp.sites import GraphIndex, find_sites
 from onnx_decomp.terminal import printable
 

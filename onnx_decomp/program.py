@@ -151,7 +151,7 @@ class Rewrite:
 class Decision:
     """What a pass decided about a site, with the evidence as numbers.
 
-    A reason is a stable code, explained in `report.REASONS`; tests assert on it.
+    A reason is a stable code, explained in `reasons.REASONS`; tests assert on it.
     """
 
     where: str

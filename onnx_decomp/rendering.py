@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from onnx_decomp.report import Report, explain
+from onnx_decomp.reasons import explain
+from onnx_decomp.report import Report
 from onnx_decomp.terminal import printable
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ from onnx_decomp.latency import Latency
 from onnx_decomp.metrics import Limits, OutputChange, Verification
 from onnx_decomp.options import Options
 from onnx_decomp.program import Evidence, Program, Rewrite, Segment, Structure
+from onnx_decomp.reasons import REASONS, explain
 from onnx_decomp.rendering import describe_site, render_html, render_table
-from onnx_decomp.report import REASONS, Measured, Report, build, explain, read, to_json, verdict, write
+from onnx_decomp.report import Measured, Report, build, read, to_json, verdict, write
 from onnx_decomp.sites import GraphIndex, find_sites
 from onnx_decomp.terminal import printable
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_decomp.passes.splitting import emit
 from onnx_decomp.probe import Probe
-from onnx_decomp.report import REASONS
+from onnx_decomp.reasons import REASONS
 from onnx_decomp.runtime import open_session
 from onnx_decomp.sites import GraphIndex, Site, find_sites
 
