@@ -18,7 +18,7 @@ from onnx_decomp.latency import Latency, compare
 from onnx_decomp.metrics import compare_outputs
 from onnx_decomp.model_io import ModelFile
 from onnx_decomp.options import Provider, Shape, shape_name
-from onnx_decomp.profiling import Kernels, profile
+from onnx_decomp.profiling import Kernels, Profile, profile
 from onnx_decomp.report import versions
 from onnx_decomp.runtime import Arrays, Device, Session, open_session, resolve_provider
 from onnx_decomp.terminal import printable
@@ -33,8 +33,8 @@ SCHEMA = "onnx-decomp-bench/1"
 SAMPLES = 128
 """Of one run, where no shape is asked for and the model leaves that open."""
 
-PROFILED = 10
-"""Runs that a profile is taken over."""
+PROFILED, SHOWN = 10, 10
+"""Runs that a profile is taken over, and nodes of it that are shown."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def bench_models(before: Path, after: Path, asked: Asked) -> dict[str, Any]:
         name, dtype = min(odd)
         raise InputError(f"{after}: {name!r} ({dtype}) is an input or output of one of the models only")
     timed = [_timed(sessions, name, feeds, asked) for name, feeds in settings.items()]
+    profiles = [profile(partial(_session, model, provider, asked), first, PROFILED) for model in models]
     return {
         "schema": SCHEMA,
         "versions": versions(),
@@ -84,7 +85,8 @@ def bench_models(before: Path, after: Path, asked: Asked) -> dict[str, Any]:
             for path, model in zip((before, after), models, strict=True)
         ],
         "shapes": timed,
-        "operators": _profiles(models, first, provider, asked),
+        "operators": _operator_rows(*profiles),
+        "nodes": _node_rows(*profiles),
     }
 
 
@@ -186,32 +188,38 @@ def peak_bytes() -> int | None:
 # Operators
 
 
-def _profiles(
-    models: Sequence[ModelFile], feeds: Arrays, provider: Device, asked: Asked
-) -> list[dict[str, Any]]:
-    """For each operator of the optimized models: how many there are, on which provider, and microseconds of a run."""
-    before, after = (profile(partial(_session, model, provider, asked), feeds, PROFILED) for model in models)
+def _operator_rows(before: Profile, after: Profile) -> list[dict[str, Any]]:
+    """How many there are of each operator, on which provider, and microseconds of a run."""
     none = Kernels()
     rows = [
         {
             "operator": operator,
             "provider": where,
-            "before": asdict(before.get((operator, where), none)),
-            "after": asdict(after.get((operator, where), none)),
+            "before": asdict(before.operators.get((operator, where), none)),
+            "after": asdict(after.operators.get((operator, where), none)),
         }
-        for operator, where in dict.fromkeys([*before, *after])
+        for operator, where in dict.fromkeys([*before.operators, *after.operators])
     ]
     return sorted(rows, key=lambda row: -row["before"]["microseconds"])
+
+
+def _node_rows(before: Profile, after: Profile) -> list[dict[str, Any]]:
+    """Microseconds of each node, those first that differ most."""
+    rows = [
+        {"node": name, "before": before.nodes.get(name, 0.0), "after": after.nodes.get(name, 0.0)}
+        for name in dict.fromkeys([*before.nodes, *after.nodes])
+    ]
+    return sorted(rows, key=lambda row: -abs(row["before"] - row["after"]))
 
 
 # Shown
 
 
 def render_bench(found: Mapping[str, Any]) -> RenderableType:
-    """Three tables: speed, size, operators."""
+    """Tables: speed, size, operators, nodes."""
     from rich.console import Group
 
-    return Group(_speeds(found), _sizes(found), _operators(found))
+    return Group(_speeds(found), _sizes(found), _operators(found), _nodes(found))
 
 
 def _table(title: str, *headings: str) -> Table:
@@ -269,6 +277,13 @@ def _operators(found: Mapping[str, Any]) -> Table:
             *(f"{side['nodes']}" for side in sides),
             *(f"{side['microseconds']:,.0f}" for side in sides),
         )
+    return table
+
+
+def _nodes(found: Mapping[str, Any]) -> Table:
+    table = _table("nodes", "differ most", "A us", "B us")
+    for row in found["nodes"][:SHOWN]:
+        table.add_row(printable(row["node"]), *(f"{row[side]:,.0f}" for side in ("before", "after")))
     return table
 
 

@@ -19,6 +19,10 @@ Opener = Callable[[Path], Session]
 """Opens a session whose profile goes to files that start like that."""
 
 
+KERNEL, WRITTEN = "_kernel_time", "/decomp/"
+"""What follows the name of a node in a profile, and in the name of what is written in its place."""
+
+
 @dataclass(frozen=True)
 class Kernels:
     """All nodes of one operator on one provider, and the microseconds of a run that they take together.
@@ -30,8 +34,13 @@ class Kernels:
     microseconds: float = 0.0
 
 
-Profile = Mapping[tuple[str, str], Kernels]
-"""By operator and provider."""
+@dataclass(frozen=True)
+class Profile:
+    """operators: by operator and provider. nodes: microseconds of a run by name; what is written in place of a node
+    counts as that node."""
+
+    operators: Mapping[tuple[str, str], Kernels]
+    nodes: Mapping[str, float]
 
 
 def profile(opener: Opener, feeds: Arrays, runs: int) -> Profile:
@@ -40,13 +49,22 @@ def profile(opener: Opener, feeds: Arrays, runs: int) -> Profile:
     for event in kernel_events(opener, feeds, runs + 1):
         told = event["args"]
         key = told["op_name"], told["provider"].removesuffix("ExecutionProvider").lower()
-        node = event["name"], told["node_index"]  # a name may be there twice
+        node = event["name"].removesuffix(KERNEL), told["node_index"]  # a name may be there twice
         times.setdefault(key, {}).setdefault(node, []).append(event["dur"])
-    return {
+    operators, by_name = dict[tuple[str, str], Kernels](), dict[str, float]()
+    for key, nodes in times.items():
         # The first run also finds memory and algorithms.
-        key: Kernels(len(nodes), float(sum(np.median(taken[1:] or taken) for taken in nodes.values())))
-        for key, nodes in times.items()
-    }
+        taken = {node: float(np.median(each[1:] or each)) for node, each in nodes.items()}
+        operators[key] = Kernels(len(taken), sum(taken.values()))
+        for (name, _), microseconds in taken.items():
+            origin = _origin(name)
+            by_name[origin] = by_name.get(origin, 0.0) + microseconds
+    return Profile(operators, by_name)
+
+
+def _origin(name: str) -> str:
+    """The node of the model that a node stands for: ONNX Runtime fuses the next ones into it, and says so."""
+    return name.removeprefix("fused ").removesuffix("/MatMulAddFusion").partition(WRITTEN)[0]
 
 
 def kernel_events(opener: Opener, feeds: Arrays, runs: int) -> list[dict[str, Any]]:
@@ -56,9 +74,7 @@ def kernel_events(opener: Opener, feeds: Arrays, runs: int) -> list[dict[str, An
         for _ in range(runs):
             session.run(feeds)
         events = json.loads(Path(session.handle.end_profiling()).read_text(encoding="utf-8"))
-    return [
-        event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
-    ]
+    return [event for event in events if event.get("cat") == "Node" and event["name"].endswith(KERNEL)]
 
 
 @dataclass(frozen=True)
@@ -81,9 +97,12 @@ def side_by_side(models: Iterable[onnx.ModelProto], before: Profile, after: Prof
     none = Kernels()
     return [
         Operator(
-            name, where, name not in own, *(found.get((name, where), none).nodes for found in (before, after))
+            name,
+            where,
+            name not in own,
+            *(found.operators.get((name, where), none).nodes for found in (before, after)),
         )
-        for name, where in sorted({*before, *after})
+        for name, where in sorted({*before.operators, *after.operators})
     ]
 
 

@@ -10,7 +10,9 @@ import onnx
 import pytest
 from onnx import helper
 
-from onnx_decomp import calibration, cli
+from models.planted import Planted, build
+from models.planted import calibration as calibration_of
+from onnx_decomp import Options, calibration, cli, decompose
 from onnx_decomp.benching import Asked, bench_models, verdict
 from onnx_decomp.errors import InputError
 from onnx_decomp.runtime import cuda_problem
@@ -46,8 +48,28 @@ def test_two_models_side_by_side(pair: tuple[Path, Path]) -> None:
     assert counts == {"MatMul": (2, 1), "Relu": (1, 0)}
     assert all(row["before"]["microseconds"] > 0 for row in found["operators"])
     assert {row["provider"] for row in found["operators"]} == {"cpu"}
+    nodes = {row["node"]: (row["before"] > 0, row["after"] > 0) for row in found["nodes"]}
+    assert nodes == {
+        "first": (True, False),
+        "relu": (True, False),
+        "second": (True, False),
+        "only": (False, True),
+    }
     slow = min(found["shapes"], key=lambda row: row["interval"][0])
     assert f"at its worst shape, {slow['shape']}" in verdict(found)
+
+
+def test_what_is_written_counts_as_the_node_that_it_replaces(tmp_path: Path) -> None:
+    planted = build(Planted((256, 512, 256), off="zero", gain=3, hide="hidden"))
+    np.savez(tmp_path / "calib.npz", **calibration_of(planted, 300))  # type: ignore[arg-type]
+    asked = Options(provider="cpu", latency_gate=False, objective="flops", search=False)
+    done = decompose(planted.model, calib=tmp_path / "calib.npz", options=asked)
+    paths = [write(each, tmp_path / f"{at}.onnx") for at, each in enumerate((planted.model, done.model))]
+    found = bench_models(*paths, Asked(provider="cpu", seconds=0.05))
+    rows = {row["node"]: row for row in found["nodes"]}
+    assert {site["node"] for site in done.report["sites"]} == {"layers.0/MatMul", "layers.1/MatMul"}
+    for site in done.report["sites"]:
+        assert 0 < rows[site["node"]]["after"] < rows[site["node"]]["before"]
 
 
 def test_the_command(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,6 +89,7 @@ def test_the_command(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
     out, err = capsys.readouterr()
     assert [row["shape"] for row in json.loads(out)["shapes"]] == ["x:2x256", "x:4x256"]
     assert "operators, as optimized" in err
+    assert "differ most" in err
     assert "times as fast as A" in err
 
 
