@@ -35,23 +35,10 @@ class Ceilings:
     kernel: float
 
     @property
-    def element(self) -> int:
-        """Bytes."""
-        return numpy_type(self.dtype).itemsize
-
-    @property
     def roofline(self) -> CUDA:
         """A cost model of any form."""
-        return CUDA(self.flops, self.bytes, self.bytes, self.kernel, self.kernel, self.element)
-
-    def product(self, T: int, G: int, k: int, n: int) -> float:
-        """Microseconds of [G, T, k] times [G, k, n]."""
-        moved = self.element * G * (k * n + T * (k + n))
-        return max(self.kernel, 2 * T * G * k * n / self.flops, moved / self.bytes)
-
-    def passed(self, elements: int) -> float:
-        """Microseconds of reading and writing so many."""
-        return max(self.kernel, 2 * self.element * elements / self.bytes)
+        element = numpy_type(self.dtype).itemsize
+        return CUDA(self.flops, self.bytes, self.bytes, self.kernel, self.kernel, element)
 
 
 def measure(provider: Device, dtype: str, cuda_graph: bool, quick: bool, seconds: float) -> Ceilings:

@@ -145,12 +145,13 @@ class _Case:
         model = cost.model_for(before.provider, self.dtype)
         predicting = model.in_graph() if ceiling.cuda_graph else model
         timed = compare(before, after, {"x": x}, seconds=seconds)
-        kept = [sum(kept_flops(region, segment) for segment in each) for each in (compose(region), segments)]
-        predicted = [_microseconds(predicting, tokens, region, each) for each in (compose(region), segments)]
+        both = compose(region), segments
+        kept = [sum(kept_flops(region, segment) for segment in each) for each in both]
+        predicted = [_microseconds(predicting, tokens, region, each) for each in both]
         roofline = [
             (_microseconds(ceiling.roofline, tokens, region, each) + links(ceiling, tokens, self.widths))
             / 1e3
-            for each in (compose(region), segments)
+            for each in both
         ]
         return Row(
             self.dtype, self.widths, self.blocks, self.form, tokens, ceiling.cuda_graph,
@@ -165,7 +166,7 @@ def _microseconds(model: CostModel, tokens: int, region: Region, segments: Segme
 
 def links(ceiling: Ceilings, tokens: int, widths: Sequence[int]) -> float:
     """Microseconds of the activations between layers, which cost models leave out: they are the same in every form."""
-    return sum(ceiling.passed(tokens * width) for width in widths[1:-1])
+    return sum(ceiling.roofline.moved(tokens * width) for width in widths[1:-1])
 
 
 def _segments(region: Region, groups: Sequence[int]) -> Iterator[tuple[int, str, Segments]]:

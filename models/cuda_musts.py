@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,11 @@ import onnx
 from rich.table import Table
 
 from models import ceilings, minilm, peers, planted
-from models.bench_common import table, times
+from models.bench_common import save, table, times
 from models.ceilings import Ceilings
-from onnx_decomp import decompose, frontier
+from onnx_decomp import Result, decompose, frontier
 from onnx_decomp.latency import Latency, compare
-from onnx_decomp.options import Options, Shape
+from onnx_decomp.options import Options
 from onnx_decomp.runtime import Device, open_session
 
 SECONDS, QUICK = 2.0, 0.2
@@ -59,11 +58,7 @@ def towers(provider: Device, quick: bool) -> Iterator[Timed]:
     widths, tokens = ((256, 1024, 256), 64) if quick else ((4096, 16384, 4096), 4096)
     spec = planted.Planted(widths, blocks=8, off="zero", gain=3, hide="hidden", dtype="float16")
     made = planted.build(spec)
-    with tempfile.TemporaryDirectory() as folder:
-        calib = Path(folder) / "calib.npz"
-        np.savez(calib, **planted.calibration(made, 400))  # type: ignore[arg-type]
-        asked = Options(provider=provider, search=False, shapes=_shapes(spec, (tokens,)))
-        done = decompose(made.model, calib=calib, options=asked)
+    done = _compiled(made, provider, (tokens,))
     x = planted.calibration(made, tokens, seed=3)
     for graph in (False, True) if provider == "cuda" else (False,):
         found = ceilings.measure(provider, spec.dtype, graph, quick, seconds / 4)
@@ -78,9 +73,9 @@ def towers(provider: Device, quick: bool) -> Iterator[Timed]:
 def roofline(ceiling: Ceilings, spec: planted.Planted, tokens: int) -> float:
     """Microseconds that the machine's ceilings allow a pair of layers in lanes: two batched products, a bias behind
     each, an activation between them, and one Transpose at the end."""
-    (K, H, N), G = spec.widths, spec.blocks
-    products = [ceiling.product(tokens, G, k // G, n // G) for k, n in ((K, H), (H, N))]
-    return sum(products) + 2 * ceiling.passed(tokens * H) + 2 * ceiling.passed(tokens * N)
+    (K, H, N), G, best = spec.widths, spec.blocks, ceiling.roofline
+    products = [best.product(tokens, G, k // G, n // G) for k, n in ((K, H), (H, N))]
+    return sum(products) + 2 * best.moved(tokens * H) + 2 * best.moved(tokens * N)
 
 
 def below_roofline(rows: Sequence[Timed]) -> list[str]:
@@ -109,11 +104,7 @@ def _at_shapes(
 ) -> Iterator[Timed]:
     spec = planted.Planted(widths, off="zero", gain=3, hide="hidden", dtype=dtype)
     made = planted.build(spec)
-    with tempfile.TemporaryDirectory() as folder:
-        calib = Path(folder) / "calib.npz"
-        np.savez(calib, **planted.calibration(made, 400))  # type: ignore[arg-type]
-        asked = Options(provider=provider, search=False, shapes=_shapes(spec, tokens))
-        done = decompose(made.model, calib=calib, options=asked)
+    done = _compiled(made, provider, tokens)
     before, after = (open_session(each, provider=provider) for each in (made.model, done.model))
     for rows in tokens:
         timed = compare(before, after, planted.calibration(made, rows, seed=3), seconds=seconds)
@@ -175,8 +166,13 @@ def not_faster(rows: Sequence[Timed]) -> list[str]:
 # Shared
 
 
-def _shapes(spec: planted.Planted, tokens: Tokens) -> tuple[Shape, ...]:
-    return tuple(((planted.INPUT, (rows, spec.widths[0])),) for rows in tokens)
+def _compiled(made: planted.PlantedModel, provider: Device, tokens: Tokens) -> Result:
+    """Asked to be faster at every one of these numbers of tokens."""
+    shapes = tuple(((planted.INPUT, (rows, made.spec.widths[0])),) for rows in tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        calib = save(folder, "calib", planted.calibration(made, 400))
+        asked = Options(provider=provider, search=False, shapes=shapes)
+        return decompose(made.model, calib=calib, options=asked)
 
 
 def _row(

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_decomp import calibration, driver, model_io
-from onnx_decomp.errors import InputError, UsageError
+from onnx_decomp.errors import InputError
 from onnx_decomp.latency import Latency, compare
 from onnx_decomp.metrics import compare_outputs
 from onnx_decomp.model_io import ModelFile
 from onnx_decomp.options import Provider, Shape, shape_name
 from onnx_decomp.profiling import Kernels, Profile, profile
 from onnx_decomp.report import versions
-from onnx_decomp.runtime import Arrays, Device, Session, open_session, resolve_provider
+from onnx_decomp.runtime import Arrays, Device, Session, check_recording, open_session, resolve_provider
 from onnx_decomp.terminal import printable
 from onnx_decomp.verify import patience, try_out
 
@@ -57,8 +57,7 @@ def bench_models(before: Path, after: Path, asked: Asked) -> dict[str, Any]:
     ProviderError where the provider does not work.
     """
     provider = resolve_provider(asked.provider)
-    if asked.cuda_graph and provider != "cuda":
-        raise UsageError("--cuda-graph: there are none on the CPU: leave it out, or use --provider cuda")
+    check_recording(asked.cuda_graph, provider)
     models = [model_io.load(path) for path in (before, after)]
     settings = _settings(models[0], asked)
     first = next(iter(settings.values()))

@@ -154,8 +154,7 @@ class Run:
                 raise
             self.provider, self.target = "cpu", "cuda"
             self.warnings.append("CUDA is not available here: written for it, verified on the CPU provider")
-        if self.options.cuda_graph and self.target != "cuda":
-            raise UsageError("--cuda-graph: there are none on the CPU: leave it out, or use --provider cuda")
+        runtime.check_recording(self.options.cuda_graph, self.target)
 
     def _check_limits(self) -> None:
         names = [value.name for value in self.source.proto.graph.output]

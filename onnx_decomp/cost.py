@@ -130,31 +130,32 @@ class CUDA:
         return replace(self, kernel=self.recorded)
 
     def dense(self, T: int, K: int, N: int) -> float:
-        return self._product(T, 1, K, N) + self._moved(T * N)
+        return self.product(T, 1, K, N) + self.moved(T * N)
 
     def chain(self, T: int, layers: Sequence[Layer]) -> float:
         # The last bias is added once, behind the Concat.
-        inside = sum(self._product(T, 1, k, n) for layer in layers for k, n in products(layer))
-        inside += sum(self._moved(T * widths[-1]) for layer in layers[:-1] for widths in layer)
-        return self._moved(T * width_in(layers[0])) + inside + 2 * self._moved(T * width_out(layers[-1]))
+        inside = sum(self.product(T, 1, k, n) for layer in layers for k, n in products(layer))
+        inside += sum(self.moved(T * widths[-1]) for layer in layers[:-1] for widths in layer)
+        return self.moved(T * width_in(layers[0])) + inside + 2 * self.moved(T * width_out(layers[-1]))
 
     def batched(self, T: int, layers: Sequence[Layer], one_row: bool = False) -> float:
         # The first Transpose becomes a part of the MatMul.
         inside = sum(
-            self._product(T, len(layer), *layer[0]) + self._moved(T * width_out(layer)) for layer in layers
+            self.product(T, len(layer), *layer[0]) + self.moved(T * width_out(layer)) for layer in layers
         )
-        return inside + (0.0 if one_row else self._moved(T * width_out(layers[-1])))
+        return inside + (0.0 if one_row else self.moved(T * width_out(layers[-1])))
 
     def gather(self, T: int, width: int, run: int) -> float:
-        return self._moved(T * width) * (
+        return self.moved(T * width) * (
             1 if run * self.element >= 32 else 2
         )  # short runs waste half a sector
 
-    def _product(self, T: int, G: int, k: int, n: int) -> float:
+    def product(self, T: int, G: int, k: int, n: int) -> float:
+        """[G, T, k] times [G, k, n]."""
         read = self.element * G * (k * n + T * (k + n)) / self.bandwidth
         return max(self.kernel, 2 * T * G * k * n / self.flops, read)
 
-    def _moved(self, elements: int) -> float:
+    def moved(self, elements: int) -> float:
         """One kernel that reads and writes so many elements."""
         return max(self.kernel, 2 * self.element * elements / self.copies)
 

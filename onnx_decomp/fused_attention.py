@@ -7,7 +7,7 @@ say, or not on every provider, stays as it is, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -28,8 +28,8 @@ _MASK, _PAST, _BIAS, _LENGTH = 3, 4, 5, 6
 """Positions of inputs of Attention: mask, cache, what is added to scores, and how much of the cache is in use."""
 
 ShapeOf = Callable[[str], tuple[int | None, ...] | None]
-Makers = Mapping[str, onnx.NodeProto]
-"""The node that makes each tensor."""
+MakerOf = Callable[[str], onnx.NodeProto | None]
+"""The node that makes a tensor."""
 
 
 def is_microsoft(node: onnx.NodeProto, operator: str) -> bool:
@@ -64,7 +64,7 @@ def _heads(node: onnx.NodeProto) -> int:
 
 
 def attention_obstacle(
-    node: onnx.NodeProto, constants: Constants, shape_of: ShapeOf, makers: Makers
+    node: onnx.NodeProto, constants: Constants, shape_of: ShapeOf, maker_of: MakerOf
 ) -> str | None:
     """Why an Attention can't be seen as products before a MultiHeadAttention, as a reason code, or None."""
     if any(given(node, at) for at in (_PAST, _LENGTH)) or len([name for name in node.output if name]) > 1:
@@ -72,14 +72,14 @@ def attention_obstacle(
     if attribute(node, "do_rotary", 0):
         return "attention-rotary"
     mask = given(node, _MASK)
-    if mask and not _takes(mask, given(node, 0), shape_of, makers):
+    if mask and not _takes(mask, given(node, 0), shape_of, maker_of):
         return "attention-mask"
     whole = given(node, 0) and node.output and node.output[0] and packed_widths(node, constants)
     known = all(item.name in _PASSED_ON | _IDLE and not item.ref_attr_name for item in node.attribute)
     return None if known and whole else "fused-attention"
 
 
-def _takes(mask: str, x: str, shape_of: ShapeOf, makers: Makers) -> bool:
+def _takes(mask: str, x: str, shape_of: ShapeOf, maker_of: MakerOf) -> bool:
     """Whether MultiHeadAttention takes a mask: one length a sample, a value for each key, or for each query and key.
 
     Not the start of each sample beside its end [2 B], a dummy [B, 1], or a causal mask of four axes.
@@ -89,14 +89,14 @@ def _takes(mask: str, x: str, shape_of: ShapeOf, makers: Makers) -> bool:
         return len(shape) == 3 or (len(shape) == 2 and shape[1] != 1)
     if shape is not None and shape[0] is not None and batch is not None:
         return shape[0] in (batch, 3 * batch + 2)
-    return _is_lengths(mask, makers)
+    return _is_lengths(mask, maker_of)
 
 
-def _is_lengths(mask: str, makers: Makers) -> bool:
+def _is_lengths(mask: str, maker_of: MakerOf) -> bool:
     """Counted for each sample by what ONNX Runtime's own fusion puts in front of an Attention."""
-    maker = makers.get(mask)
+    maker = maker_of(mask)
     if maker is not None and is_standard(maker, "Cast") and maker.input:
-        maker = makers.get(maker.input[0])
+        maker = maker_of(maker.input[0])
     if maker is None:
         return False
     if is_microsoft(maker, "EmbedLayerNormalization"):

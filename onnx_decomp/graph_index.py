@@ -223,6 +223,11 @@ class GraphIndex:
     def node(self, position: int) -> onnx.NodeProto:
         return self.nodes[position]
 
+    def maker_of(self, name: str) -> onnx.NodeProto | None:
+        """The node that computes a tensor, if one does."""
+        position = self.producer.get(name)
+        return None if position is None else self.nodes[position]
+
     def original(self, position: int) -> onnx.NodeProto:
         """The node of the model itself, or of a function of it, that the one at a position stands for."""
         return self.operators.nodes[self.origins[position]]

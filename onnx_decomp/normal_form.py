@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx_decomp.fused_attention import (
     DOMAIN,
     PARTS,
-    Makers,
+    MakerOf,
     MultiHead,
     ShapeOf,
     attention_obstacle,
@@ -74,7 +74,8 @@ def normal_form(
     """
     makers = {name: node for node in nodes for name in node.output}
     return [
-        tuple(_Expansion(node, constants, taken, shape_of, makers, opset).made() or [node]) for node in nodes
+        tuple(_Expansion(node, constants, taken, shape_of, makers.get, opset).made() or [node])
+        for node in nodes
     ]
 
 
@@ -86,7 +87,7 @@ class _Expansion:
     constants: Constants
     taken: set[str]
     shape_of: ShapeOf
-    makers: Makers
+    maker_of: MakerOf
     opset: int
     nodes: list[onnx.NodeProto] = field(default_factory=list)
 
@@ -147,7 +148,7 @@ class _Expansion:
     def _attention(self) -> None:
         """An Attention is three products, of columns of its weight, before a MultiHeadAttention."""
         node, widths = self.node, packed_widths(self.node, self.constants)
-        obstacle = attention_obstacle(node, self.constants, self.shape_of, self.makers)
+        obstacle = attention_obstacle(node, self.constants, self.shape_of, self.maker_of)
         if widths is None or obstacle is not None or self.constants.resolve(node.input[1]) is None:
             return
         x, packed, bias = (*node.input, "")[:3]
@@ -172,7 +173,7 @@ class _Expansion:
 
     def _width(self, tensor: str) -> int:
         """Columns of the constant matrix that makes a tensor, 0 where none does."""
-        maker = self.makers.get(tensor)
+        maker = self.maker_of(tensor)
         if maker is None or not is_standard(maker, "MatMul"):
             return 0
         sides = matrix(self.constants.resolve(maker.input[1]))

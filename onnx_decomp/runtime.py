@@ -24,7 +24,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from onnx_decomp import driver
-from onnx_decomp.errors import CannotVerifyError, ProviderError
+from onnx_decomp.errors import CannotVerifyError, ProviderError, UsageError
 from onnx_decomp.interruption import stoppable
 from onnx_decomp.options import Provider
 
@@ -212,6 +212,12 @@ def resolve_provider(asked: Provider) -> Device:
     if asked == "cuda":
         raise ProviderError(f"CUDA is not available: {problem}; or use --provider cpu")
     return "cpu"
+
+
+def check_recording(asked: bool, provider: Device) -> None:
+    """Whether runs can be recorded as CUDA graphs there. Raises UsageError where that was asked for and can't be."""
+    if asked and provider != "cuda":
+        raise UsageError("--cuda-graph: there are none on the CPU: leave it out, or use --provider cuda")
 
 
 @cache

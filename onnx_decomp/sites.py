@@ -343,8 +343,7 @@ def _reason(index: GraphIndex, node: onnx.NodeProto) -> str:
     """Why a product of the main graph that is no site stays."""
     if not is_microsoft(node, "Attention"):
         return "weight-on-the-left"
-    makers = {name: index.node(position) for name, position in index.producer.items()}
-    return attention_obstacle(node, index.constants, index.shapes.get, makers) or "fused-attention"
+    return attention_obstacle(node, index.constants, index.shapes.get, index.maker_of) or "fused-attention"
 
 
 def _listed(

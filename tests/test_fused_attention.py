@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_decomp.axes import find_regions
 from onnx_decomp.passes.splitting import emit
 from onnx_decomp.probe import Probe
-from onnx_decomp.program import Rewrite, Structure
+from onnx_decomp.program import Rewrite
 from onnx_decomp.runtime import open_session
 from onnx_decomp.sites import GraphIndex, Site, find_sites, read_affine
 from tests.attentions import (
@@ -32,7 +32,7 @@ from tests.attentions import (
     run,
 )
 from tests.test_golden import check
-from tests.test_heads import narrowed
+from tests.test_heads import heads_in_two, narrowed
 
 
 @pytest.mark.parametrize("spec", FORMS, ids=str)
@@ -105,13 +105,7 @@ def shape_of(model: onnx.ModelProto, site: Site) -> list[int]:
 def in_blocks(index: GraphIndex, widths: dict[int, int]) -> Rewrite:
     """Heads 0 and 2 in one block, head 1 in the other; inputs and outputs in two halves."""
     (region,) = find_regions(index, find_sites(index))
-    rng = np.random.default_rng(0)
-    labels = {
-        group: rng.integers(0, 2, found.size).astype(np.int32) for group, found in region.groups.items()
-    }
-    labels[region.ends[0][1]] = np.array([1, 0, 1], np.int32)
-    structure = Structure((0, 1, 2, 3), labels, 2, "exact", 0.0, 1.0)
-    return replace(narrowed(index, region, widths, 2, (structure,)), decision="split")
+    return replace(narrowed(index, region, widths, 2, (heads_in_two(region),)), decision="split")
 
 
 @pytest.mark.parametrize("spec", FORMS, ids=str)
